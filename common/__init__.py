@@ -1,0 +1,1 @@
+"""What at least two of the problems use: schedules, samplers, training, data, images, checkpoints."""

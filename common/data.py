@@ -1,0 +1,164 @@
+"""From files to tensors: labelled images by CSV, folders of images. Images are kept as uint8 in memory.
+
+A small data set decoded once and held as uint8 costs less than any worker process; see `benchmarks/p1.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from common.errors import UserError
+from common.runtime import seeded_generator
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with class ids.
+
+    Attributes:
+        images: uint8 (N, 3, H, W).
+        labels: int64 (N,).
+        names: file names, in the same order.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> "LabelledImages":
+        """The images at these positions (an index or a mask)."""
+        if index.dtype == torch.bool:
+            index = index.nonzero()[:, 0]
+        return LabelledImages(self.images[index], self.labels[index], [self.names[i] for i in index.tolist()])
+
+    def split(self, every: int = 10) -> tuple["LabelledImages", "LabelledImages"]:
+        """Training images and, every tenth one by position, held-out images."""
+        held = torch.arange(len(self)) % every == every - 1
+        return self.take(~held), self.take(held)
+
+
+def read_image(path: Path, size: int | None, mention: str = "") -> np.ndarray:
+    """Decode one image to uint8 (H, W, 3), resized to a square of `size` if it is not that already.
+
+    Raises:
+        UserError: the file is missing or not an image; the line starts with `mention`.
+    """
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            if size and image.size != (size, size):
+                image = image.resize((size, size), Image.Resampling.LANCZOS)
+            return np.asarray(image)
+    except FileNotFoundError:
+        raise UserError(f"{mention}{path}: no such image; fix the name or add the file") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(f"{mention}{path}: not a readable image ({error}); replace the file") from None
+
+
+def read_csv_images(table: Path, size: int | None = None, classes: int | None = None) -> LabelledImages:
+    """Images listed in a CSV with the columns `image_name,label`; the files lie in `data/` beside it, or beside it.
+
+    Args:
+        table: the CSV file.
+        size: side to resize to; None keeps the size of the first image (all must share it).
+        classes: labels must lie in 0..classes-1; None allows any whole number from 0.
+
+    Raises:
+        UserError: no such file, missing columns, a label out of range, or a missing or broken image; with the row.
+    """
+    table = Path(table)
+    try:
+        rows = pd.read_csv(table, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise UserError(f"{table}: no such file; it should list image_name,label") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{table}: not a CSV file ({error}); its first line should be image_name,label") from None
+    if absent := {"image_name", "label"} - set(rows.columns):
+        raise UserError(f"{table}: no column {', '.join(sorted(absent))}; its first line should be image_name,label")
+    if rows.empty:
+        raise UserError(f"{table}: lists no images; add rows under its header")
+    folder = table.parent / "data" if (table.parent / "data").is_dir() else table.parent
+    limit = f"0 to {classes - 1}" if classes else "whole numbers from 0"
+    images, labels = [], []
+    for number, (name, label) in enumerate(zip(rows["image_name"], rows["label"]), start=2):
+        mention = f"{table} row {number}: "
+        if not label.isdecimal() or (classes and int(label) >= classes):
+            raise UserError(f"{mention}label {label!r}: labels are {limit}; correct the row")
+        pixels = read_image(folder / name, size, mention)
+        if images and pixels.shape != images[0].shape:
+            raise UserError(f"{mention}{name} is {pixels.shape[1]}x{pixels.shape[0]}, the first image is not; set a size")
+        images.append(pixels)
+        labels.append(int(label))
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return LabelledImages(stacked, torch.tensor(labels), list(rows["image_name"]))
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+@lru_cache(maxsize=64)
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The order of `count` items in one epoch, a permutation keyed by (seed, epoch)."""
+    return torch.randperm(count, generator=seeded_generator(seed, 2, epoch))
+
+
+def shuffled_indices(count: int, seed: int, start: int, length: int) -> Tensor:
+    """Items number start..start+length-1 of an endless walk through `count` items, reshuffled every epoch.
+
+    The walk depends on nothing but its arguments, so a resumed run continues it exactly.
+    """
+    positions = torch.arange(start, start + length)
+    epochs = positions // count
+    return torch.cat(
+        [epoch_order(count, seed, epoch)[positions[epochs == epoch] % count] for epoch in epochs.unique().tolist()]
+    )
+
+
+def stratified_timesteps(count: int, T: int, generator: torch.Generator) -> Tensor:
+    """`count` timesteps, one from each of `count` equal parts of [0, T), in random order (Kingma et al. 2021, section 5.2).
+
+    Each is uniform on its own; together they cover the range, which makes the loss less noisy.
+    """
+    offset = torch.rand(1, generator=generator, dtype=torch.float64)
+    parts = (torch.randperm(count, generator=generator) + offset) / count
+    return (parts * T).long().clamp(max=T - 1)
+
+
+def jitter(images: Tensor, generator: torch.Generator, shift: int = 2, contrast: float = 0.2) -> Tensor:
+    """Images moved by up to `shift` pixels (edges repeated), with contrast and brightness varied; never mirrored.
+
+    Args:
+        images: float (N, C, H, W) in [-1, 1].
+        shift: largest move in either direction, pixels.
+        contrast: largest relative change of contrast and half the largest change of brightness.
+    """
+    n, _, height, width = images.shape
+    padded = F.pad(images, [shift] * 4, mode="replicate")
+    top, left = torch.randint(0, 2 * shift + 1, (2, n), generator=generator)
+    rows = (top[:, None] + torch.arange(height))[:, None, :, None]
+    columns = (left[:, None] + torch.arange(width))[:, None, None, :]
+    moved = padded[torch.arange(n)[:, None, None, None], torch.arange(images.shape[1])[:, None, None], rows, columns]
+    gain, offset = torch.rand(2, n, 1, 1, 1, generator=generator) * 2 - 1
+    return (moved * (1 + contrast * gain) + contrast / 2 * offset).clamp(-1, 1)
+
+
+def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
+    """Several sets as one."""
+    return LabelledImages(
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        [name for part in parts for name in part.names],
+    )

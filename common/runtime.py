@@ -1,0 +1,65 @@
+"""Device, precision, and random generators that belong to one image or one training step."""
+
+import contextlib
+
+import numpy as np
+import torch
+
+from common.errors import UserError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The named device, or the first CUDA GPU, else the CPU.
+
+    On a GPU this also turns TF32 off, so that fp32 means fp32.
+
+    Raises:
+        UserError: the name is not a device of this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu") from None
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 in hardware (AVX-512 BF16 or AMX)."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """Resolve "auto": fp32 on a GPU; on a CPU bf16 where the processor has it, else fp32."""
+    if name not in PRECISIONS:
+        raise UserError(f"--precision {name}: choose from {', '.join(PRECISIONS)}")
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """A context in which networks compute in the given precision ("fp32", "bf16" or "fp16")."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends only on the key, such as (seed, image) or (seed, step).
+
+    NumPy's SeedSequence mixes the key, so neighbouring keys give unrelated streams.
+
+    Raises:
+        UserError: a key is negative.
+    """
+    if any(number < 0 for number in key):
+        raise UserError(f"seed {key[0]}: seeds are whole numbers from 0")
+    state = np.random.SeedSequence(key).generate_state(1, dtype=np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))

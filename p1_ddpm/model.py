@@ -1,0 +1,217 @@
+"""The Context-UNet: a small U-Net whose features are scaled and shifted by time and by what is to be drawn.
+
+Time and context travel together. One embedding table covers the twenty joint classes (domain, digit) and one null
+class for classifier-free guidance; its row is added to the time embedding, and every residual block turns the sum
+into a scale and a shift of its normalised features (Dhariwal and Nichol 2021, appendix A, "adaptive group norm").
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ContextUNetConfig:
+    """Everything needed to rebuild a `ContextUNet`; stored in every checkpoint.
+
+    Args:
+        num_labels: how many classes can be drawn; label `num_labels` is the null label ("no condition").
+        image_channels: colour channels of the images.
+        patch_size: side of the pixel blocks folded into channels by the stem (1 = none). Small images with few
+            channels waste a processor; 28x28x3 folded to 14x14x12 does the same work in a quarter of the positions.
+        widths: channels of each level, finest first; every level after the first halves the grid.
+        blocks: residual blocks of each level in the encoder (the decoder has as many).
+        middle_blocks: residual blocks at the coarsest grid between encoder and decoder.
+        attention: whether each level's blocks attend over all positions.
+        middle_attention: whether the middle's blocks do.
+        heads: attention heads.
+        embedding: width of the time and context embeddings.
+        dropout: dropout probability inside residual blocks.
+    """
+
+    num_labels: int = 20
+    image_channels: int = 3
+    patch_size: int = 2
+    widths: tuple[int, ...] = (96, 192)
+    blocks: tuple[int, ...] = (1, 2)
+    middle_blocks: int = 1
+    attention: tuple[bool, ...] = (False, False)
+    middle_attention: bool = True
+    heads: int = 2
+    embedding: int = 384
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        for name in ("widths", "blocks", "attention"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not len(self.widths) == len(self.blocks) == len(self.attention):
+            raise ValueError(
+                f"widths {self.widths}, blocks {self.blocks} and attention {self.attention} need one entry a level"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Image sides must be divisible by this."""
+        return self.patch_size * 2 ** (len(self.widths) - 1)
+
+
+def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of the timestep (Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B).
+
+    Args:
+        t: timesteps, shape (N,).
+        width: even number of features.
+
+    Returns:
+        float32 tensor (N, width): sines, then cosines.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
+    """Group norm with the most groups, up to 32, that divide the channels."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, affine=affine)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with all parameters zero, so that its residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions; the embedding scales and shifts the features between them."""
+
+    def __init__(self, in_channels: int, out_channels: int, embedding: int, dropout: float):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.modulation = zeroed(nn.Linear(embedding, 2 * out_channels))
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        return self.skip(x) + self.conv2(self.dropout(h))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all grid positions, as a residual."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        # (n, 3c, h, w) -> three of (n, heads, positions, c / heads)
+        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, c // self.heads)).transpose(3, 4)
+        attended = F.scaled_dot_product_attention(*qkv.unbind(1))
+        return x + self.out(attended.transpose(2, 3).reshape(n, c, h, w))
+
+
+class Stage(nn.Module):
+    """A residual block and, at the coarse levels, attention."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: ContextUNetConfig, attention: bool):
+        super().__init__()
+        self.block = ResidualBlock(in_channels, out_channels, config.embedding, config.dropout)
+        self.attention = Attention(out_channels, config.heads) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.attention(self.block(x, embedding))
+
+
+class ContextUNet(nn.Module):
+    """Predicts eps, x0 or v (whatever it was trained for) from a noised image, its timestep and a label.
+
+    Args:
+        config: sizes; see `ContextUNetConfig`.
+    """
+
+    def __init__(self, config: ContextUNetConfig = ContextUNetConfig()):
+        super().__init__()
+        self.config = config
+        widths, folded = config.widths, config.image_channels * config.patch_size**2
+        self.time = nn.Sequential(
+            nn.Linear(widths[0], config.embedding), nn.SiLU(), nn.Linear(config.embedding, config.embedding)
+        )
+        self.context = nn.Embedding(config.num_labels + 1, config.embedding)
+        self.stem = nn.Conv2d(folded, widths[0], 3, padding=1)
+
+        self.down = nn.ModuleList()
+        self.shrink = nn.ModuleList()
+        skips, channels = [], widths[0]
+        for level, width in enumerate(widths):
+            self.shrink.append(nn.Conv2d(channels, width, 3, stride=2, padding=1) if level else nn.Identity())
+            channels = width
+            stages = [Stage(channels, width, config, config.attention[level]) for _ in range(config.blocks[level])]
+            self.down.append(nn.ModuleList(stages))
+            skips += [width] * config.blocks[level]
+
+        self.middle = nn.ModuleList(
+            Stage(channels, channels, config, config.middle_attention) for _ in range(config.middle_blocks)
+        )
+
+        self.up = nn.ModuleList()
+        self.grow = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            stages = nn.ModuleList()
+            for _ in range(config.blocks[level]):
+                stages.append(Stage(channels + skips.pop(), widths[level], config, config.attention[level]))
+                channels = widths[level]
+            self.up.append(stages)
+            finer = widths[level - 1] if level else channels
+            self.grow.append(nn.Conv2d(channels, finer, 3, padding=1) if level else nn.Identity())
+            channels = finer
+
+        self.head = nn.Sequential(group_norm(channels), nn.SiLU(), zeroed(nn.Conv2d(channels, folded, 3, padding=1)))
+
+    @property
+    def null_label(self) -> int:
+        """The label that means "no condition"."""
+        return self.config.num_labels
+
+    def forward(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """One prediction.
+
+        Args:
+            xt: noised images (N, C, H, W), H and W divisible by `config.stride`.
+            t: timesteps (N,), indices into `alphas_cumprod`.
+            labels: class ids (N,), 0..num_labels-1, or `null_label`.
+
+        Returns:
+            The prediction, shaped as `xt`.
+        """
+        embedding = self.time(timestep_embedding(t, self.config.widths[0])) + self.context(labels)
+        embedding = F.silu(embedding)
+
+        h = self.stem(F.pixel_unshuffle(xt, self.config.patch_size))
+        skips = []
+        for shrink, stages in zip(self.shrink, self.down):
+            h = shrink(h)
+            for stage in stages:
+                h = stage(h, embedding)
+                skips.append(h)
+        for stage in self.middle:
+            h = stage(h, embedding)
+        for stages, grow in zip(self.up, self.grow):
+            for stage in stages:
+                h = stage(torch.cat([h, skips.pop()], dim=1), embedding)
+            if not isinstance(grow, nn.Identity):
+                h = grow(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        return F.pixel_shuffle(self.head(h), self.config.patch_size)
