@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -84,7 +83,9 @@ def load_model_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str,
     """
     state, about = load_tensors(path)
     if about.get("kind") != kind:
-        raise UserError(f"{path}: holds {about.get('kind', 'weights without a config')}, not a {kind}; name another file")
+        raise UserError(
+            f"{path}: holds {about.get('kind', 'weights without a config')}, not a {kind}; name another file"
+        )
     if any(name.startswith(EMA_PREFIX) for name in state):
         state = {name.removeprefix(EMA_PREFIX): t for name, t in state.items() if name.startswith(EMA_PREFIX)}
     return state, about

@@ -97,7 +97,9 @@ def read_csv_images(table: Path, size: int | None = None, classes: int | None = 
             raise UserError(f"{mention}label {label!r}: labels are {limit}; correct the row")
         pixels = read_image(folder / name, size, mention)
         if images and pixels.shape != images[0].shape:
-            raise UserError(f"{mention}{name} is {pixels.shape[1]}x{pixels.shape[0]}, the first image is not; set a size")
+            raise UserError(
+                f"{mention}{name} is {pixels.shape[1]}x{pixels.shape[0]}, the first image is not; set a size"
+            )
         images.append(pixels)
         labels.append(int(label))
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

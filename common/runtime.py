@@ -1,6 +1,7 @@
 """Device, precision, and random generators that belong to one image or one training step."""
 
 import contextlib
+import os
 
 import numpy as np
 import torch
@@ -63,3 +64,26 @@ def seeded_generator(*key: int) -> torch.Generator:
         raise UserError(f"seed {key[0]}: seeds are whole numbers from 0")
     state = np.random.SeedSequence(key).generate_state(1, dtype=np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
+
+
+class Processes:
+    """The processes that share a run: one, or those that `accelerate launch` or `torchrun` started.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: how many there are.
+    """
+
+    def __init__(self):
+        self.state = None
+        self.rank, self.count = 0, int(os.environ.get("WORLD_SIZE", "1"))
+        if self.count > 1:
+            from accelerate import PartialState  # seconds of import that a single process can do without
+
+            self.state = PartialState(cpu=not torch.cuda.is_available())
+            self.rank = self.state.process_index
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.state is not None:
+            self.state.wait_for_everyone()

@@ -94,7 +94,17 @@ def training_options(args: argparse.Namespace) -> TrainingOptions:
         UserError: a value is out of its range.
     """
     options = TrainingOptions(**{field.name: getattr(args, field.name) for field in fields(TrainingOptions)})
-    for name in ("steps", "batch_size", "accumulate", "lr", "clip", "save_every", "validate_every", "sample_every", "log_every"):
+    for name in (
+        "steps",
+        "batch_size",
+        "accumulate",
+        "lr",
+        "clip",
+        "save_every",
+        "validate_every",
+        "sample_every",
+        "log_every",
+    ):
         if getattr(options, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be above 0")
     if options.decay not in ("linear", "cosine"):

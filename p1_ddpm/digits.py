@@ -44,7 +44,9 @@ def read_digits(root: Path, layout: str | None = None, size: int = 28) -> dict[s
     root = Path(root)
     found = [domain for domain in DOMAINS if (root / domain / "train.csv").exists()]
     if not found:
-        raise UserError(f"{root}: holds neither mnistm/train.csv nor svhn/train.csv; set --data to the course's digits folder")
+        raise UserError(
+            f"{root}: holds neither mnistm/train.csv nor svhn/train.csv; set --data to the course's digits folder"
+        )
     sets = {domain: read_csv_images(root / domain / "train.csv", size, DOMAINS[domain]) for domain in found}
     if layout:
         wanted = {domain: torch.tensor(digits) for domain, digits in LAYOUTS[layout].items()}

@@ -91,13 +91,19 @@ def diffusion_loss(model: nn.Module, batch: Batch, schedule: NoiseSchedule, pred
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="train.py", description=__doc__.splitlines()[0])
     data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, default=ROOT / "hw2_data" / "digits", help="folder with mnistm/ and/or svhn/")
+    data.add_argument(
+        "--data", type=Path, default=ROOT / "hw2_data" / "digits", help="folder with mnistm/ and/or svhn/"
+    )
     data.add_argument("--csv", type=Path, help="any CSV with image_name,label instead of the digits")
     data.add_argument("--layout", choices=LAYOUTS, default="2024", help="keep this edition's digits (2024: all)")
     data.add_argument("--image-size", type=int, default=28, help="side of the images, divisible by 4")
-    data.add_argument("--augment", nargs="*", default=["svhn"], help="domains to jitter (moves and contrast, no mirror)")
+    data.add_argument(
+        "--augment", nargs="*", default=["svhn"], help="domains to jitter (moves and contrast, no mirror)"
+    )
     model = parser.add_argument_group("model")
-    model.add_argument("--widths", type=int, nargs="+", default=list(ContextUNetConfig.widths), help="channels by level")
+    model.add_argument(
+        "--widths", type=int, nargs="+", default=list(ContextUNetConfig.widths), help="channels by level"
+    )
     model.add_argument("--blocks", type=int, nargs="+", default=list(ContextUNetConfig.blocks), help="blocks by level")
     model.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="noise schedule")
     model.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what the network predicts")
