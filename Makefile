@@ -1,0 +1,46 @@
+# Every target first makes .venv from requirements.txt, unless that was done and the file has not changed since.
+
+# The Python that .venv is made with: make test PYTHON=python3.12
+PYTHON ?= python3
+# make -f /path/Makefile runs in the caller's folder. $(dir) would split a path at its spaces.
+ROOT := $(shell dirname "$(strip $(MAKEFILE_LIST))")
+IN_ROOT = @set -e; cd "$(ROOT)";
+SHELL := bash
+
+.PHONY: demo test lint bench setup
+
+demo: setup
+	$(IN_ROOT) export PYTHON=.venv/bin/python; \
+	bash hw2_1.sh outputs/p1 --overwrite; \
+	$$PYTHON p1_ddpm/figures.py --out outputs/p1_figures; \
+	echo "P1 digits:  $$PWD/outputs/p1"; \
+	echo "P1 figures: $$PWD/outputs/p1_figures"
+
+test: setup
+	$(IN_ROOT) .venv/bin/python -m pytest
+
+lint: setup
+	$(IN_ROOT) .venv/bin/python -m ruff check .; .venv/bin/python -m ruff format --check .
+
+bench: setup
+	$(IN_ROOT) .venv/bin/python benchmarks/p1.py
+
+# The copy of requirements.txt in .venv is written last, so a set-up that failed is not taken for a whole one. What this
+# recipe began and did not finish is begun anew; a .venv made by hand is only added to. The lock, held by the shell's
+# file 9, makes a second make wait for the first.
+setup:
+	$(IN_ROOT) \
+	whole() { [ -x .venv/bin/python ] && cmp -s requirements.txt .venv/requirements.txt; }; \
+	if whole; then exit 0; fi; \
+	exec 9>.venv.lock; \
+	"$(PYTHON)" -c 'import fcntl, sys; fcntl.flock(9, fcntl.LOCK_EX); sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON): not a Python 3.11 or newer; name one with: make PYTHON=..." >&2; exit 2; }; \
+	if whole; then exit 0; fi; \
+	if [ ! -x .venv/bin/python ] || [ -e .venv.unfinished ]; then \
+		touch .venv.unfinished; \
+		"$(PYTHON)" -m venv --clear .venv; \
+	fi; \
+	echo "Installing requirements.txt into $$PWD/.venv (once, some minutes)"; \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt; \
+	rm -f .venv.unfinished; \
+	cp requirements.txt .venv/requirements.txt
