@@ -1,0 +1,190 @@
+"""Reverse steps and loops against diffusers' schedulers; guidance against its formula."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from common.sampling import ImageNoise, ddim_step, draw, guided, reverse_process
+from common.schedule import NoiseSchedule
+
+SHAPE = (2, 3, 8, 8)
+DIFFUSERS_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+def start(dtype=torch.float64):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def network(xt, t):
+    """A smooth stand-in whose output depends on every input."""
+    return torch.tanh(1.3 * xt + xt.mean() + t / 700)
+
+
+class RecordedNoise:
+    """The same noise for us and for diffusers, in the order of drawing."""
+
+    def __init__(self, steps):
+        generator = torch.Generator().manual_seed(5)
+        self.noises = [torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(steps)]
+
+    def draw(self, shape, device, dtype):
+        return self.noises.pop(0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("final_alpha", ["one", "first"])
+@pytest.mark.parametrize("clip", [True, False])
+def test_ddim_equals_diffusers(eta, final_alpha, clip):
+    theirs = DDIMScheduler(
+        beta_schedule="linear", timestep_spacing="leading", steps_offset=1,
+        set_alpha_to_one=final_alpha == "one", clip_sample=clip,
+    )  # fmt: skip
+    theirs.alphas_cumprod = NoiseSchedule("linear").alphas_cumprod
+    theirs.final_alpha_cumprod = torch.tensor(1.0) if final_alpha == "one" else theirs.alphas_cumprod[0]
+    theirs.set_timesteps(20)
+    schedule = NoiseSchedule("linear")
+    timesteps = schedule.timesteps(20, "leading", 1)
+    noises = RecordedNoise(20).noises
+    xt = start()
+    for t, noise in zip(theirs.timesteps, noises):
+        xt = theirs.step(network(xt, int(t)), t, xt, eta=eta, variance_noise=noise).prev_sample
+    ours = draw(
+        network, schedule, start(), timesteps, "eps",
+        eta=eta, noise=RecordedNoise(20), clip_x0=clip, final_alpha=final_alpha,
+    )  # fmt: skip
+    assert (ours - xt).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("clip", [True, False])
+def test_ancestral_sampling_equals_diffusers(prediction, clip, monkeypatch):
+    theirs = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type=DIFFUSERS_NAMES[prediction], clip_sample=clip
+    )
+    schedule = NoiseSchedule("cosine")
+    theirs.alphas_cumprod = schedule.alphas_cumprod
+    theirs.set_timesteps(1000)
+    noise = RecordedNoise(999)
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: noise.draw(shape, None, None)
+    )
+    xt = start()
+    for t in theirs.timesteps:
+        xt = theirs.step(network(xt, int(t)), t, xt).prev_sample
+    ours = draw(
+        network, schedule, start(), list(range(999, -1, -1)), prediction,
+        method="ddpm", noise=RecordedNoise(999), clip_x0=clip,
+    )  # fmt: skip
+    # Without clipping the stand-in network lets eps prediction grow to thousands, so the bound is relative.
+    assert (ours - xt).abs().max() < 1e-10 * xt.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("steps", [1, 2, 8, 20])
+def test_dpm_solver_equals_diffusers(prediction, steps):
+    theirs = DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type=DIFFUSERS_NAMES[prediction], algorithm_type="dpmsolver++",
+        solver_order=2, timestep_spacing="trailing", final_sigmas_type="zero",
+    )  # fmt: skip
+    theirs.set_timesteps(steps)
+    schedule = NoiseSchedule("cosine")
+    timesteps = schedule.timesteps(steps, "trailing")
+    assert theirs.timesteps.tolist() == timesteps
+    # diffusers keeps its sigmas in float32; give it ours, sigma = sqrt((1 - a) / a), so that the formulas are compared
+    alpha_bars = schedule.alphas_cumprod[timesteps]
+    theirs.sigmas = torch.cat([((1 - alpha_bars) / alpha_bars).sqrt(), torch.zeros(1, dtype=torch.float64)])
+    xt = start()
+    for t in theirs.timesteps:
+        xt = theirs.step(network(xt, int(t)), t, xt).prev_sample
+    ours = draw(network, schedule, start(), timesteps, prediction, method="dpm-solver++", clip_x0=False)
+    # diffusers computes some of its coefficients in float32
+    assert (ours - xt).abs().max() < 1e-6 * xt.abs().max().clamp(min=1)
+
+
+def test_dpm_solver_is_of_second_order():
+    """On Gaussian data the exact solution is known: halving the step must quarter the error."""
+    schedule = NoiseSchedule("cosine", T=4000)
+    variance = 0.25
+
+    def exact_eps(xt, t):
+        a = float(schedule.alphas_cumprod[t])
+        return math.sqrt(1 - a) * xt / (a * variance + 1 - a)
+
+    def spread(t):
+        a = float(schedule.alphas_cumprod[t])
+        return math.sqrt(a * variance + 1 - a)
+
+    def error(stride):
+        timesteps = list(range(3200, 799, -stride))
+        loop = reverse_process(
+            exact_eps, schedule, start(), timesteps, "eps", method="dpm-solver++", clip_x0=False
+        )
+        xt = None
+        for step in loop:
+            if step.t == 800:
+                break
+            xt = step.xt
+        return float((xt - start() * spread(800) / spread(3200)).abs().max())
+
+    coarse, fine = error(100), error(50)
+    assert 3.0 < coarse / fine < 5.0
+
+
+def test_every_step_is_yielded_and_ends_at_the_result():
+    schedule = NoiseSchedule("linear")
+    timesteps = schedule.timesteps(5, "trailing")
+    steps = list(reverse_process(network, schedule, start(), timesteps, "eps"))
+    assert [step.t for step in steps] == timesteps
+    assert torch.equal(steps[-1].xt, draw(network, schedule, start(), timesteps, "eps"))
+    # With a final alpha of one, the last step returns the clamped prediction itself.
+    assert torch.equal(steps[-1].xt, steps[-1].x0)
+    assert steps[-1].xt.abs().max() <= 1
+
+
+def test_guidance_is_one_batched_call_and_none_at_scale_one():
+    sizes = []
+
+    def labelled(xt, t, labels):
+        sizes.append(len(xt))
+        return xt * labels.reshape(-1, 1, 1, 1)
+
+    condition, null = {"labels": torch.tensor([2.0, 3.0])}, {"labels": torch.tensor([1.0, 1.0])}
+    xt = start()
+    guide = guided(labelled, condition, null, 3.0)(xt, 10)
+    scales = torch.tensor([1 + 3 * (2 - 1), 1 + 3 * (3 - 1)], dtype=torch.float64).reshape(-1, 1, 1, 1)
+    assert (guide - xt * scales).abs().max() < 1e-12
+    assert torch.equal(guided(labelled, condition, null, 1.0)(xt, 10), labelled(xt, 10, condition["labels"]))
+    interval = guided(labelled, condition, null, 3.0, (100, 200))
+    for t in (99, 100, 200, 201):
+        interval(xt, t)
+    assert sizes == [4, 2, 2, 2, 4, 4, 2]
+
+
+def test_noise_belongs_to_the_image():
+    keys = [(7, 0, k) for k in range(5)]
+    together = ImageNoise(keys)
+    first, second = together.draw((3, 4, 4)), together.draw((3, 4, 4))
+    for k in (3, 0):
+        alone = ImageNoise([keys[k]])
+        assert torch.equal(alone.draw((3, 4, 4))[0], first[k])
+        assert torch.equal(alone.draw((3, 4, 4))[0], second[k])
+    assert len({tuple(image.flatten().tolist()) for image in first}) == 5
+
+
+def test_stochastic_sampling_without_noise_is_refused():
+    with pytest.raises(ValueError, match="noise"):
+        draw(network, NoiseSchedule(), start(), [10, 5], "eps", eta=0.5)
+    with pytest.raises(ValueError, match="euler"):
+        draw(network, NoiseSchedule(), start(), [10, 5], "eps", method="euler")
+
+
+def test_eta_one_has_the_posterior_variance():
+    """DDPM's beta-tilde in closed form (Ho et al. 2020, equation 7)."""
+    schedule = NoiseSchedule("linear")
+    a, previous = float(schedule.alphas_cumprod[500]), float(schedule.alphas_cumprod[499])
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    added = ddim_step(zero, zero, zero, a, previous, 1.0, one)
+    beta_tilde = (1 - previous) / (1 - a) * float(schedule.betas[500])
+    assert abs(float(added) - math.sqrt(beta_tilde)) < 1e-12
