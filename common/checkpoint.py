@@ -1,12 +1,16 @@
-"""Weights on disk: safetensors that carry their model's config, written atomically; other people's files read safely."""
+"""Weights on disk: safetensors that carry their model's config, written atomically and read with clear complaints."""
 
+import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,24 +27,27 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         UserError: the folder cannot be written or the disk is full; an earlier file at `path` is untouched.
     """
-    temporary = None
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
         write(temporary)
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors makes its files private
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from None
     finally:
-        if temporary is not None:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder."""
+    for path in folder.glob(".[0-9]*.*"):
+        path.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -51,24 +58,44 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
     write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a safetensors file: its tensors (only those under `prefix`, which is cut off) and the facts saved with them.
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file.
 
     Raises:
         UserError: the file is missing, truncated, or no safetensors file.
     """
-    path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name the weights file in it")
     if not path.exists():
         raise UserError(f"{path}: no such weights file; check the path, or restore it with git")
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            names = [name for name in file.keys() if name.startswith(prefix)]
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}, about
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+        raise UserError(f"{path}: not a whole safetensors file ({error}); restore it, or remove it") from None
+
+
+def load_about(path: Path) -> dict[str, Any]:
+    """The facts saved with the tensors of a safetensors file; empty for another program's file.
+
+    Raises:
+        UserError: the file is missing, truncated, or no safetensors file.
+    """
+    with opened(Path(path)) as file:
+        return json.loads((file.metadata() or {}).get("about", "{}"))
+
+
+def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a safetensors file: its tensors (only those under `prefix`, which is cut off) and the facts saved with them.
+
+    Raises:
+        UserError: the file is missing, truncated, or no safetensors file.
+    """
+    about = load_about(path)
+    with opened(Path(path)) as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}, about
 
 
 def load_model_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -81,14 +108,46 @@ def load_model_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str,
     Raises:
         UserError: as `load_tensors`, or the file belongs to another model.
     """
-    state, about = load_tensors(path)
-    if about.get("kind") != kind:
+    found = (about := load_about(path)).get("kind", "weights without a config")
+    if found != kind:
+        raise UserError(f"{path}: holds {found}, not a {kind}; name another file")
+    averaged, _ = load_tensors(path, EMA_PREFIX)
+    return averaged or load_tensors(path)[0], about
+
+
+def load_pt(path: Path) -> Any:
+    """What another program saved with `torch.save`: tensors, and plain containers of them, on the CPU.
+
+    Only tensors and plain Python values are read: a pickle that asks for anything else is refused, and none of its code
+    runs. Weights in the zip format stay on disk until they are used.
+
+    Raises:
+        UserError: the file is missing, truncated, no such file at all, or asks for more than tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file in it")
+    if not path.exists():
+        raise UserError(f"{path}: no such file; check the path")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
         raise UserError(
-            f"{path}: holds {about.get('kind', 'weights without a config')}, not a {kind}; name another file"
-        )
-    if any(name.startswith(EMA_PREFIX) for name in state):
-        state = {name.removeprefix(EMA_PREFIX): t for name, t in state.items() if name.startswith(EMA_PREFIX)}
-    return state, about
+            f"{path}: holds more than plain tensors, or is no file of torch.save; it was not read, since it could run"
+            " code; save plain tensors with torch.save"
+        ) from None
+    except Exception as error:  # bytes that are no pickle make the reader stumble in any way: EOFError, KeyError, ...
+        reason = str(error).partition(". ")[0] if len(str(error)) > 3 else type(error).__name__
+        raise UserError(f"{path}: truncated, or not a file of torch.save ({reason}); fetch it again") from None
+
+
+def unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state without the prefixes that DistributedDataParallel and torch.compile put before every name."""
+    for prefix in WRAPPER_PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            return unwrapped({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+    return state
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -99,9 +158,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     Raises:
         UserError: names how many keys are missing, unexpected or of another shape, and a few of each.
     """
-    for prefix in WRAPPER_PREFIXES:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    state = unwrapped(state)
     expected = model.state_dict()
     misfits = {
         "missing": [name for name in expected if name not in state],

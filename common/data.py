@@ -4,6 +4,7 @@ A small data set decoded once and held as uint8 costs less than any worker proce
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,11 +13,14 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.errors import UserError
 from common.runtime import seeded_generator
+
+HELD_OUT_EVERY = 10
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -42,59 +46,70 @@ class LabelledImages:
             index = index.nonzero()[:, 0]
         return LabelledImages(self.images[index], self.labels[index], [self.names[i] for i in index.tolist()])
 
-    def split(self, every: int = 10) -> tuple["LabelledImages", "LabelledImages"]:
-        """Training images and, every tenth one by position, held-out images."""
+    def split(self, every: int = HELD_OUT_EVERY) -> tuple["LabelledImages", "LabelledImages"]:
+        """Training images and, every tenth one by position, held-out images; no class or file name matters."""
         held = torch.arange(len(self)) % every == every - 1
         return self.take(~held), self.take(held)
 
 
-def read_image(path: Path, size: int | None, mention: str = "") -> np.ndarray:
+def read_image(path: Path, size: int | None, mention: str = "", crop: bool = False) -> np.ndarray:
     """Decode one image to uint8 (H, W, 3), resized to a square of `size` if it is not that already.
+
+    Grayscale, palette and 16-bit images become 8-bit RGB; transparency is dropped. An image that is no square is
+    squeezed into one, or with `crop` cut to its middle.
 
     Raises:
         UserError: the file is missing or not an image; the line starts with `mention`.
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow would clip, not scale, these
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             image = image.convert("RGB")
+            if crop and size:
+                image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
             if size and image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.LANCZOS)
             return np.asarray(image)
     except FileNotFoundError:
         raise UserError(f"{mention}{path}: no such image; fix the name or add the file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except Exception as error:  # a decoder raises whatever it stumbles over: OSError, SyntaxError, ValueError, ...
         raise UserError(f"{mention}{path}: not a readable image ({error}); replace the file") from None
 
 
-def read_csv_images(table: Path, size: int | None = None, classes: int | None = None) -> LabelledImages:
+def read_csv_images(table: Path, size: int | None = None, classes: int = 10_000) -> LabelledImages:
     """Images listed in a CSV with the columns `image_name,label`; the files lie in `data/` beside it, or beside it.
 
     Args:
         table: the CSV file.
         size: side to resize to; None keeps the size of the first image (all must share it).
-        classes: labels must lie in 0..classes-1; None allows any whole number from 0.
+        classes: labels must lie in 0..classes-1.
 
     Raises:
-        UserError: no such file, missing columns, a label out of range, or a missing or broken image; with the row.
+        UserError: no such file, missing columns, a label out of range, or a missing or broken image; with the row's
+            number, where the header is row 1.
     """
     table = Path(table)
     try:
-        rows = pd.read_csv(table, dtype=str, keep_default_na=False)
+        # Blank lines are read, so that rows keep their numbers, and dropped below.
+        rows = pd.read_csv(table, dtype=str, keep_default_na=False, skip_blank_lines=False, skipinitialspace=True)
     except FileNotFoundError:
         raise UserError(f"{table}: no such file; it should list image_name,label") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{table}: not a CSV file ({error}); its first line should be image_name,label") from None
+    if not isinstance(rows.index, pd.RangeIndex):  # pandas takes surplus leading fields for an index
+        raise UserError(f"{table}: its rows have more fields than its first line; remove the surplus ones")
     if absent := {"image_name", "label"} - set(rows.columns):
         raise UserError(f"{table}: no column {', '.join(sorted(absent))}; its first line should be image_name,label")
+    rows = rows[(rows["image_name"] != "") | (rows["label"] != "")]
     if rows.empty:
         raise UserError(f"{table}: lists no images; add rows under its header")
     folder = table.parent / "data" if (table.parent / "data").is_dir() else table.parent
-    limit = f"0 to {classes - 1}" if classes else "whole numbers from 0"
     images, labels = [], []
-    for number, (name, label) in enumerate(zip(rows["image_name"], rows["label"]), start=2):
-        mention = f"{table} row {number}: "
-        if not label.isdecimal() or (classes and int(label) >= classes):
-            raise UserError(f"{mention}label {label!r}: labels are {limit}; correct the row")
+    for position, name, label in rows[["image_name", "label"]].itertuples():
+        mention = f"{table} row {position + 2}: "
+        if not label.isdecimal() or int(label) >= classes:
+            raise UserError(f"{mention}label {label!r}: labels are 0 to {classes - 1}; correct the row")
         pixels = read_image(folder / name, size, mention)
         if images and pixels.shape != images[0].shape:
             raise UserError(
@@ -104,6 +119,29 @@ def read_csv_images(table: Path, size: int | None = None, classes: int | None = 
         labels.append(int(label))
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return LabelledImages(stacked, torch.tensor(labels), list(rows["image_name"]))
+
+
+def read_folder_images(folder: Path, size: int) -> LabelledImages:
+    """All images in a folder and the folders below it, in the order of their paths; every label is 0.
+
+    Args:
+        folder: holds .jpg, .jpeg, .png, .webp or .bmp files; hidden files are left out.
+        size: side to cut and resize to.
+
+    Raises:
+        UserError: no such folder, no images in it, or a broken one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name one with images")
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    names = sorted(str(path) for path in found if not any(part.startswith(".") for part in path.parts))
+    if not names:
+        raise UserError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}); name another folder")
+    with ThreadPoolExecutor() as pool:  # decoders let go of Python's lock
+        images = list(pool.map(lambda name: read_image(folder / name, size, crop=True), names))
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return LabelledImages(stacked, torch.zeros(len(names), dtype=torch.int64), names)
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -130,9 +168,10 @@ def shuffled_indices(count: int, seed: int, start: int, length: int) -> Tensor:
 
 
 def stratified_timesteps(count: int, T: int, generator: torch.Generator) -> Tensor:
-    """`count` timesteps, one from each of `count` equal parts of [0, T), in random order (Kingma et al. 2021, section 5.2).
+    """`count` timesteps, one from each of `count` equal parts of [0, T), in random order.
 
-    Each is uniform on its own; together they cover the range, which makes the loss less noisy.
+    Each is uniform on its own; together they cover the range, which makes the loss less noisy (Kingma et al. 2021,
+    "Variational Diffusion Models", appendix I.1).
     """
     offset = torch.rand(1, generator=generator, dtype=torch.float64)
     parts = (torch.randperm(count, generator=generator) + offset) / count

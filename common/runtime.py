@@ -14,7 +14,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 def pick_device(name: str = "auto") -> torch.device:
     """The named device, or the first CUDA GPU, else the CPU.
 
-    On a GPU this also turns TF32 off, so that fp32 means fp32.
+    Each process that `accelerate launch` starts has a GPU of its own. On a GPU this also turns TF32 off, so that fp32
+    means fp32.
 
     Raises:
         UserError: the name is not a device of this machine.
@@ -22,8 +23,10 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu") from None
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -33,7 +36,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bf16 in hardware (AVX-512 BF16 or AMX)."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def pick_precision(name: str, device: torch.device) -> str:

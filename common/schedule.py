@@ -20,7 +20,8 @@ def make_betas(name: str, T: int, beta_start: float, beta_end: float) -> Tensor:
     """The T variances beta_t of a named schedule, float64.
 
     linear: Ho et al. 2020, section 4. cosine: Nichol and Dhariwal 2021, equation 17, capped at 0.999.
-    sigmoid: betas follow a sigmoid over [-6, 6] (Xu et al. 2022). scaled-linear: the square of a line (Rombach et al. 2022).
+    sigmoid: betas follow a sigmoid over [-6, 6] (Xu et al. 2022).
+    scaled-linear: the square of a line (Rombach et al. 2022).
     """
     if name == "linear":
         return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
@@ -62,10 +63,10 @@ class NoiseSchedule:
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(a-bar_t) and sqrt(1 - a-bar_t), shaped (N, 1, ...) in the dtype and on the device of `like`."""
-        # The square roots are taken in float64 over the whole table, which also suits devices without float64.
+        # The square roots are taken in float64, and cast before they move: not every device has float64.
         shape = -1, *[1] * (like.ndim - 1)
-        signal = self.alphas_cumprod.sqrt().to(like)[t].reshape(shape)
-        noise = (1 - self.alphas_cumprod).sqrt().to(like)[t].reshape(shape)
+        signal = self.alphas_cumprod.sqrt().to(like.dtype).to(like.device)[t].reshape(shape)
+        noise = (1 - self.alphas_cumprod).sqrt().to(like.dtype).to(like.device)[t].reshape(shape)
         return signal, noise
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -101,14 +102,14 @@ class NoiseSchedule:
         raise ValueError(f"prediction {prediction!r}: choose from {', '.join(PREDICTIONS)}")
 
     def min_snr_weight(self, t: Tensor, prediction: str, gamma: float) -> Tensor:
-        """Loss weights min(SNR, gamma), divided by what the prediction type already weighs (Hang et al. 2023, section 3.4).
+        """Loss weights min(SNR, gamma), over what the prediction type already weighs (Hang et al. 2023, section 3.4).
 
         Returns:
             float32 tensor shaped as t.
         """
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         already = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[prediction]
-        return (snr.clamp(max=gamma) / already).to(t.device, torch.float32)[t]
+        return (snr.clamp(max=gamma) / already).float().to(t.device)[t]
 
     def timesteps(self, steps: int, spacing: str = "trailing", offset: int = 0) -> list[int]:
         """The timesteps a sampler visits, from noisy to clean (Lin et al. 2024, table 2).
@@ -131,6 +132,6 @@ class NoiseSchedule:
             visited = np.linspace(0, self.T - 1, steps).round()[::-1]
         else:
             raise ValueError(f"spacing {spacing!r}: choose from {', '.join(SPACINGS)}")
-        if visited.max() >= self.T:
-            raise ValueError(f"offset {offset} with {steps} leading steps passes the last timestep {self.T - 1}")
+        if visited.min() < 0 or visited.max() >= self.T:
+            raise ValueError(f"offset {offset} with {steps} leading steps leaves the timesteps 0 to {self.T - 1}")
         return [int(t) for t in visited]

@@ -27,9 +27,12 @@ class ContextUNetConfig:
         middle_blocks: residual blocks at the coarsest grid between encoder and decoder.
         attention: whether each level's blocks attend over all positions.
         middle_attention: whether the middle's blocks do.
-        heads: attention heads.
+        heads: attention heads; they divide the width of every level that attends.
         embedding: width of the time and context embeddings.
         dropout: dropout probability inside residual blocks.
+
+    Raises:
+        ValueError: the sizes do not fit one another.
     """
 
     num_labels: int = 20
@@ -51,6 +54,14 @@ class ContextUNetConfig:
             raise ValueError(
                 f"widths {self.widths}, blocks {self.blocks} and attention {self.attention} need one entry a level"
             )
+        if min(self.widths) < 1 or min(self.blocks) < 1:
+            raise ValueError(f"widths {self.widths} and blocks {self.blocks} must be above 0")
+        if self.widths[0] % 2:
+            raise ValueError(f"width {self.widths[0]} of the finest level must be even, for sines and cosines of time")
+        attended = [width for width, attends in zip(self.widths, self.attention) if attends]
+        attended += [self.widths[-1]] * self.middle_attention
+        if odd := [width for width in attended if width % self.heads]:
+            raise ValueError(f"width {odd[0]} must be divisible by {self.heads} attention heads")
 
     @property
     def stride(self) -> int:

@@ -1,13 +1,14 @@
 """Train the Context-UNet on labelled images, by default the course's digits.
 
-    python train.py --data hw2_data/digits            # both domains
-    python train.py --csv flowers/train.csv --image-size 64
+python train.py --data hw2_data/digits                  # both domains
+python train.py --csv flowers/train.csv --image-size 64 # any other CSV with image_name,label
 
 Running the same command again resumes where the run stopped.
 """
 
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -16,11 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoint import half, save_tensors
-from common.data import LabelledImages, jitter, read_csv_images, shuffled_indices, stratified_timesteps, to_unit_range
+from common.data import (
+    HELD_OUT_EVERY,
+    LabelledImages,
+    jitter,
+    read_csv_images,
+    shuffled_indices,
+    stratified_timesteps,
+    to_unit_range,
+)
 from common.errors import Parser, UserError, run
+from common.images import grid, to_uint8
 from common.runtime import seeded_generator
+from common.sampling import ImageNoise, draw, guided
 from common.schedule import PREDICTIONS, SCHEDULES, NoiseSchedule
-from common.training import Batch, Trainer, TrainingOptions, add_training_arguments, training_options
+from common.training import Batch, Trainer
+from common.training_options import add_training_arguments, training_options
 from p1_ddpm.digits import DOMAINS, LAYOUTS, joint_label, read_digits
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
 
@@ -88,8 +100,23 @@ def diffusion_loss(model: nn.Module, batch: Batch, schedule: NoiseSchedule, pred
     return error.mean()
 
 
+def sample_grid(
+    model: nn.Module, labels: Sequence[int], columns: int, image_size: int, schedule: NoiseSchedule, prediction: str
+) -> Tensor:
+    """Samples of these labels from always the same noise, to watch a model learn: uint8 (3, height, width)."""
+    device = next(model.parameters()).device
+    condition = {"labels": torch.tensor(labels, device=device)}
+    null_condition = {"labels": torch.full_like(condition["labels"], model.null_label)}
+    noise = ImageNoise([(0, k) for k in range(len(labels))])
+    xt = noise.draw((model.config.image_channels, image_size, image_size), device)
+    denoise = guided(model, condition, null_condition, guidance_scale=2.0)
+    images = draw(denoise, schedule, xt, schedule.timesteps(10), prediction, method="dpm-solver++")
+    return grid(to_uint8(images), columns, scale=2)
+
+
 def parse_arguments(argv: list[str] | None = None):
-    parser = Parser(prog="train.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="train.py", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "p1", help="folder of the run")
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data", type=Path, default=ROOT / "hw2_data" / "digits", help="folder with mnistm/ and/or svhn/"
@@ -97,9 +124,7 @@ def parse_arguments(argv: list[str] | None = None):
     data.add_argument("--csv", type=Path, help="any CSV with image_name,label instead of the digits")
     data.add_argument("--layout", choices=LAYOUTS, default="2024", help="keep this edition's digits (2024: all)")
     data.add_argument("--image-size", type=int, default=28, help="side of the images, divisible by 4")
-    data.add_argument(
-        "--augment", nargs="*", default=["svhn"], help="domains to jitter (moves and contrast, no mirror)"
-    )
+    data.add_argument("--augment", nargs="*", metavar="DOMAIN", help="domains to jitter (default: svhn if it is there)")
     model = parser.add_argument_group("model")
     model.add_argument(
         "--widths", type=int, nargs="+", default=list(ContextUNetConfig.widths), help="channels by level"
@@ -109,38 +134,87 @@ def parse_arguments(argv: list[str] | None = None):
     model.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what the network predicts")
     model.add_argument("--min-snr-gamma", type=float, default=5.0, help="loss weighting; 0 for none")
     model.add_argument("--label-drop", type=float, default=0.15, help="part of the labels dropped for guidance")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "p1", help="folder of the run")
     add_training_arguments(parser)
     return parser.parse_args(argv)
 
 
 def read_sets(args) -> tuple[dict[str, LabelledImages], dict[str, int]]:
-    """The images to train on, by domain, and how many labels each domain has."""
+    """The images to train on, by domain, and how many labels each domain has.
+
+    Raises:
+        UserError: a file is bad, or there are too few images to hold some out.
+    """
     if args.csv:
         name = args.csv.resolve().parent.name
         images = read_csv_images(args.csv, args.image_size)
-        return {name: images}, {name: int(images.labels.max()) + 1}
-    return read_digits(args.data, args.layout, args.image_size), dict(DOMAINS)
+        sets, domains = {name: images}, {name: int(images.labels.max()) + 1}
+    else:
+        sets, domains = read_digits(args.data, args.layout, args.image_size), dict(DOMAINS)
+    for name, images in sets.items():
+        if len(images) < HELD_OUT_EVERY:
+            raise UserError(f"{args.csv or args.data}: {len(images)} images of {name}; give at least {HELD_OUT_EVERY}")
+    return sets, domains
+
+
+def augmented_domains(wanted: Sequence[str] | None, domains: Sequence[str]) -> tuple[str, ...]:
+    """The domains to jitter: the wanted ones, else svhn if it is there.
+
+    Raises:
+        UserError: a wanted domain is not there.
+    """
+    if wanted is None:
+        return tuple(name for name in domains if name == "svhn")
+    if unknown := [name for name in wanted if name not in domains]:
+        raise UserError(f"--augment {unknown[0]}: no such domain; choose from {', '.join(domains)}")
+    return tuple(wanted)
+
+
+def model_config(args) -> ContextUNetConfig:
+    """The network that the arguments describe, but for its number of labels.
+
+    Raises:
+        UserError: the sizes do not fit one another or the images.
+    """
+    try:
+        config = ContextUNetConfig(widths=args.widths, blocks=args.blocks, attention=[False] * len(args.widths))
+    except ValueError as error:
+        raise UserError(f"--widths, --blocks: {error}") from None
+    if args.image_size < config.stride or args.image_size % config.stride:
+        raise UserError(f"--image-size {args.image_size}: must be divisible by {config.stride}")
+    return config
 
 
 def main(args) -> Path:
-    """Train; returns the path of the finished weights (fp16, averaged), `OUT/model.safetensors`."""
-    options: TrainingOptions = training_options(args)
+    """Train; returns the path of the finished weights (fp16, averaged), `OUT/model.safetensors`.
+
+    Raises:
+        UserError: bad arguments or data, a loss that is not finite, or a full disk.
+    """
+    options = training_options(args)
+    if not 0 <= args.label_drop <= 1 or not args.min_snr_gamma >= 0:
+        raise UserError(f"--label-drop {args.label_drop} --min-snr-gamma {args.min_snr_gamma}: 0 to 1, and at least 0")
+    config = model_config(args)
     sets, domains = read_sets(args)
-    parts = {name: images.split() for name, images in sets.items()}
-    config = ContextUNetConfig(num_labels=sum(domains.values()), widths=args.widths, blocks=args.blocks)
-    if args.image_size % config.stride:
-        raise UserError(f"--image-size {args.image_size}: must be divisible by {config.stride}")
+    config = replace(config, num_labels=sum(domains.values()))
     schedule = NoiseSchedule(args.schedule)
-    batches = DigitBatches(
-        {name: train for name, (train, _) in parts.items()},
-        domains, schedule, options.batch_size, args.label_drop, tuple(args.augment), options.seed,
-    )  # fmt: skip
-    held_out = DigitBatches({name: held for name, (_, held) in parts.items()}, domains, schedule, 256, 0.0, (), 0)
-    validation_batch = held_out(0, seeded_generator(0, 3))
+    augment = augmented_domains(args.augment, list(sets))
+    parts = {name: images.split() for name, images in sets.items()}
+    train, held_out = ({name: pair[k] for name, pair in parts.items()} for k in (0, 1))
+    batches = DigitBatches(train, domains, schedule, options.batch_size, args.label_drop, augment, options.seed)
+    held_out_batches = DigitBatches(held_out, domains, schedule, 256, drop=0.0, augment=(), seed=0)
+    validation_batch = held_out_batches(0, seeded_generator(0, 3))
+    firsts = {name: joint_label(domains, name, 0) for name in sets}
+    shown = [first + digit for name, first in firsts.items() for digit in range(min(10, domains[name]))]
 
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         return diffusion_loss(model, batch, schedule, args.prediction, args.min_snr_gamma)
+
+    def validate(averaged: nn.Module) -> Tensor:
+        device = next(averaged.parameters()).device
+        return loss_fn(averaged, {name: t.to(device) for name, t in validation_batch.items()})
+
+    def sample(averaged: nn.Module) -> Tensor:
+        return sample_grid(averaged, shown, len(shown) // len(sets), args.image_size, schedule, args.prediction)
 
     about = {
         "kind": "ContextUNet",
@@ -151,19 +225,12 @@ def main(args) -> Path:
         "image_size": args.image_size,
     }
     torch.manual_seed(options.seed)
-    model = ContextUNet(config)
-
-    def validate(averaged: nn.Module) -> float:
-        device = next(averaged.parameters()).device
-        with torch.no_grad(), trainer.accelerator.autocast():
-            return float(loss_fn(averaged, {name: t.to(device) for name, t in validation_batch.items()}))
-
-    trainer = Trainer(model, options, args.out, about, batches, loss_fn, validate)
+    trainer = Trainer(ContextUNet(config), options, args.out, about, batches, loss_fn, validate, sample)
     averaged = trainer.run()
     path = args.out / "model.safetensors"
     if trainer.accelerator.is_main_process:
-        facts = about | {"step": trainer.step, "training": asdict(options), "validation_loss": validate(averaged)}
-        save_tensors(path, half(averaged.state_dict()), facts)
+        facts = {"step": trainer.step, "training": asdict(options), "validation_loss": trainer.validation_loss()}
+        save_tensors(path, half(averaged.state_dict()), about | facts)
     return path
 
 
