@@ -15,10 +15,23 @@ from torch import Tensor
 from common.checkpoint import write_atomically
 from common.errors import UserError
 
+SAVE_RANGES = ("clamp", "minmax")
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as uint8 on the CPU, rounded as torchvision's `save_image` does (x 255 + 0.5, truncated)."""
-    unit = (images.float() + 1) / 2
+
+def to_uint8(images: Tensor, save_range: str = "clamp") -> Tensor:
+    """Images as uint8 on the CPU, rounded as torchvision's `save_image` does (x 255 + 0.5, truncated).
+
+    Args:
+        images: float (N, C, H, W).
+        save_range: what becomes 0 and 255: "clamp" takes -1 and 1 and cuts what lies outside; "minmax" takes each
+            image's own least and greatest value, as `save_image` does with `normalize=True`.
+    """
+    images = images.float()
+    if save_range == "minmax":
+        low, high = (f(images, dim=(-3, -2, -1), keepdim=True) for f in (torch.amin, torch.amax))
+        unit = (images - low) / (high - low).clamp(min=1e-5)
+    else:
+        unit = (images + 1) / 2
     return (unit * 255 + 0.5).clamp(0, 255).to("cpu", torch.uint8)
 
 
