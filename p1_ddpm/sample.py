@@ -126,7 +126,9 @@ def clear_way(out: Path, digits: Sequence[Digit], overwrite: bool) -> None:
     """
     check_output_folder(out)
     files = {digit.file for digit in digits}
-    for domain in {digit.domain for digit in digits}:
+    for domain in sorted({digit.domain for digit in digits}):
+        if not (out / domain).exists():
+            continue
         check_output_folder(out / domain)
         strays = sorted(path for path in (out / domain).iterdir() if f"{domain}/{path.name}" not in files)
         if strays and not overwrite:

@@ -32,7 +32,10 @@ def test_grid_places_images_row_by_row():
     images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).expand(6, 3, 2, 2)
     sheet = grid(images, columns=3, scale=2, gap=1)
     assert sheet.shape == (3, 2 * 5 + 1, 3 * 5 + 1)
-    assert [[int(sheet[0, 1 + 5 * row, 1 + 5 * column]) for column in range(3)] for row in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    assert [[int(sheet[0, 1 + 5 * row, 1 + 5 * column]) for column in range(3)] for row in range(2)] == [
+        [0, 1, 2],
+        [3, 4, 5],
+    ]
     assert sheet[:, 0].eq(255).all()
 
 
@@ -61,9 +64,13 @@ def test_staged_files_appear_together(tmp_path):
 
 
 def test_staged_files_vanish_on_failure(tmp_path):
-    with pytest.raises(RuntimeError), staged(tmp_path) as stage:
-        (stage / "a.png").write_bytes(b"half")
-        raise RuntimeError
+    def interrupted():
+        with staged(tmp_path) as stage:
+            (stage / "a.png").write_bytes(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert not list(tmp_path.iterdir())
 
 

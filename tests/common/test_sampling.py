@@ -118,9 +118,7 @@ def test_dpm_solver_is_of_second_order():
 
     def error(stride):
         timesteps = list(range(3200, 799, -stride))
-        loop = reverse_process(
-            exact_eps, schedule, start(), timesteps, "eps", method="dpm-solver++", clip_x0=False
-        )
+        loop = reverse_process(exact_eps, schedule, start(), timesteps, "eps", method="dpm-solver++", clip_x0=False)
         xt = None
         for step in loop:
             if step.t == 800:

@@ -1,0 +1,1 @@
+"""The same work, ours beside a peer's, in one run."""

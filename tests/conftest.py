@@ -1,0 +1,82 @@
+"""What many tests share: one thread, a fresh accelerate in every test, and tiny digits."""
+
+import contextlib
+import resource
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.checkpoint import save_tensors
+from common.schedule import NoiseSchedule
+from p1_ddpm.digits import DOMAINS
+from p1_ddpm.model import ContextUNet, ContextUNetConfig
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny tensors gain nothing from threads, and several tests may share the machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Forget accelerate's process-wide state, which would hand one test's precision to the next."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The course's digits folder in small: both domains, 40 images of 8x8 noise each, every digit four times."""
+    root = tmp_path_factory.mktemp("digits")
+    random = np.random.default_rng(0)
+    for domain in ("mnistm", "svhn"):
+        (root / domain / "data").mkdir(parents=True)
+        names = [f"{3 * i + 2:05d}.png" for i in range(40)]
+        for name in names:
+            pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / domain / "data" / name)
+        rows = [f"{name},{i % 10}" for i, name in enumerate(names)]
+        (root / domain / "train.csv").write_text("\n".join(["image_name,label", *rows]) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_digit_weights(tmp_path_factory):
+    """A small Context-UNet of all twenty classes, every weight random, so that labels and time matter."""
+    torch.manual_seed(0)
+    model = ContextUNet(ContextUNetConfig(widths=(16, 32), embedding=32))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    about = {
+        "kind": "ContextUNet",
+        "config": asdict(model.config),
+        "schedule": asdict(NoiseSchedule("cosine")),
+        "prediction": "v",
+        "domains": DOMAINS,
+        "image_size": 28,
+    }
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_tensors(path, model.state_dict(), about)
+    return path
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file can grow beyond so many bytes: writing fails as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
