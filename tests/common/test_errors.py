@@ -1,0 +1,50 @@
+"""What a user can mend reaches them as one line and exit code 2; everything else keeps its traceback."""
+
+import errno
+
+import pytest
+
+from common.errors import Parser, UserError, run
+
+
+def raising(error):
+    def main(args):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("a.csv row 3:\n  label 'x'"), 2, "error: a.csv row 3: label 'x'\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/log"), 2,
+         "error: [Errno 28] No space left on device: 'out/log'\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)  # fmt: skip
+def test_one_line_and_an_exit_code(error, code, line, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(raising(error), None)
+    assert caught.value.code == code
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("x"), ValueError("x")])
+def test_bugs_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        run(raising(error), None)
+
+
+def test_parser_complains_in_one_line_and_shows_defaults(capsys):
+    parser = Parser(prog="draw.py", description="Draw.\n\npython draw.py OUT")
+    parser.add_argument("--count", type=int, default=50, help="how many")
+    parser.add_argument("--csv", help="a file")
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--count", "many"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "draw.py: argument --count: invalid int value: 'many' (see --help)\n"
+    shown = parser.format_help()
+    assert "how many (default: 50)" in shown
+    assert "a file\n" in shown
+    assert "\npython draw.py OUT\n" in shown
