@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -89,6 +88,8 @@ def read_csv_images(table: Path, size: int | None = None, classes: int = 10_000)
         UserError: no such file, missing columns, a label out of range, or a missing or broken image; with the row's
             number, where the header is row 1.
     """
+    import pandas as pd  # here, because drawing images reads no tables and starts a second faster
+
     table = Path(table)
     try:
         # Blank lines are read, so that rows keep their numbers, and dropped below.
