@@ -7,6 +7,7 @@ network runs in.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -183,6 +184,4 @@ def reverse_process(
 
 def draw(*args, **options) -> Tensor:
     """The result of `reverse_process`, without its way there."""
-    for step in reverse_process(*args, **options):
-        pass
-    return step.xt
+    return deque(reverse_process(*args, **options), maxlen=1).pop().xt
