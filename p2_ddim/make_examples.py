@@ -1,0 +1,102 @@
+"""Make what comes with the project: the weights, ten noises, and their ground truth by diffusers' own scheduler.
+
+python make_examples.py --install runs/p2/best.safetensors   # take these weights over, in fp16
+python make_examples.py                                      # make the ground truth anew
+
+Noises that are there already are kept. The ground truth is drawn one image at a time in fp32.
+"""
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+from torchvision.utils import save_image
+
+from common.checkpoint import half, load_model_file, save_tensors, write_atomically
+from common.errors import Parser, run
+from common.images import staged
+from common.schedule import NoiseSchedule
+from p2_ddim.model import FaceUNet, load_face_unet
+from p2_ddim.noise import Noise, random_noises, read_noises
+from p2_ddim.sample import EXAMPLES, WEIGHTS
+
+COUNT = 10
+
+
+def diffusers_scheduler(about: Mapping[str, Any]) -> DDIMScheduler:
+    """diffusers' DDIM in the ground truth's conventions, for weights with these facts."""
+    return DDIMScheduler(
+        trained_betas=NoiseSchedule(**about["schedule"]).betas.numpy(),
+        prediction_type={"eps": "epsilon", "x0": "sample", "v": "v_prediction"}[about["prediction"]],
+        timestep_spacing="leading",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=True,
+    )
+
+
+@torch.no_grad()
+def diffusers_image(model: FaceUNet, about: Mapping[str, Any], noise: Noise, steps: int = 50) -> Tensor:
+    """The image that diffusers' scheduler draws with this network: float (C, H, W)."""
+    scheduler = diffusers_scheduler(about)
+    scheduler.set_timesteps(steps)
+    xt = noise.xt[None]
+    for t in scheduler.timesteps:
+        xt = scheduler.step(model(xt, t[None]), t, xt).prev_sample
+    return xt[0]
+
+
+def install(checkpoint: Path, weights: Path) -> None:
+    """Copy the averaged weights of a checkpoint in fp16, with the facts that sampling needs, and write SHA256SUMS."""
+    state, about = load_model_file(checkpoint, "FaceUNet")
+    kept = ("kind", "config", "schedule", "prediction", "image_size", "step", "training", "validation_loss")
+    save_tensors(weights, half(state), {name: about[name] for name in kept if name in about})
+    line = f"{hashlib.sha256(weights.read_bytes()).hexdigest()}  {weights.name}\n"
+    write_atomically(weights.parent / "SHA256SUMS", lambda temporary: temporary.write_text(line))
+
+
+def write_noises(folder: Path, noises: Sequence[Noise]) -> None:
+    """Save the noises that are not there yet as the course does: one float32 tensor (1, C, H, W) a file."""
+    with staged(folder) as stage:
+        for noise in noises:
+            if not (folder / f"{noise.name}.pt").exists():
+                torch.save(noise.xt[None].clone(), stage / f"{noise.name}.pt")
+
+
+def parse_arguments(argv: list[str] | None = None):
+    parser = Parser(prog="make_examples.py", description=__doc__)
+    parser.add_argument("--install", type=Path, metavar="CHECKPOINT", help="take these weights over first")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the weights that come with the project")
+    parser.add_argument("--out", type=Path, default=EXAMPLES, help="folder that gets noise/ and GT/")
+    parser.add_argument("--seed", type=int, default=0, help="of the noises")
+    parser.add_argument("--noise-only", type=int, metavar="SIZE", help="only make noises of this size")
+    return parser.parse_args(argv)
+
+
+def main(args) -> list[Path]:
+    """Make what the arguments ask for; returns the files of the ground truth."""
+    if args.noise_only:
+        write_noises(args.out / "noise", random_noises(COUNT, (3, args.noise_only, args.noise_only), args.seed))
+        return []
+    if args.install:
+        install(args.install, args.weights)
+    model, about = load_face_unet(args.weights)
+    shape = model.config.image_channels, about["image_size"], about["image_size"]
+    write_noises(args.out / "noise", random_noises(COUNT, shape, args.seed))
+    noises = read_noises(args.out / "noise", model.config.image_channels, model.config.stride)
+    with staged(args.out / "GT") as stage:
+        for noise in noises:
+            save_image(diffusers_image(model, about, noise), stage / f"{noise.name}.png", normalize=True)
+    print(f"ground truth of {len(noises)} noises in {args.out / 'GT'}")
+    return [args.out / "GT" / f"{noise.name}.png" for noise in noises]
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())

@@ -1,0 +1,109 @@
+"""The noises that faces are drawn from: files of one image or several, saved by torch.save or as safetensors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.checkpoint import load_pt, load_tensors
+from common.errors import UserError
+from common.sampling import ImageNoise
+
+SUFFIXES = (".pt", ".pth", ".safetensors")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Noise(NamedTuple):
+    """What one image starts from: its name (the image becomes `name.png`) and x_T, a (C, H, W) tensor on the CPU."""
+
+    name: str
+    xt: Tensor
+
+
+def noise_files(source: Path) -> list[Path]:
+    """The noise files of a folder in the order of their names, or the one file that `source` is.
+
+    Raises:
+        UserError: no such folder, or no noises in it.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; name one with noises (00.pt, 01.pt, ...)")
+    files = [path for path in source.iterdir() if path.suffix in SUFFIXES and not path.name.startswith(".")]
+    if not files:
+        raise UserError(f"{source}: holds no noises ({', '.join(SUFFIXES)}); name another folder")
+    return sorted(files)
+
+
+def read_noise_file(path: Path, channels: int, stride: int) -> list[Noise]:
+    """The noises in one file, named by its stem; where there are several, by the stem and a number.
+
+    Raises:
+        UserError: the file is no tensor file, or the tensor has another shape or type, or numbers that are not finite.
+    """
+    content = load_tensors(path)[0] if path.suffix == ".safetensors" else load_pt(path)
+    if isinstance(content, dict) and len(content) == 1:
+        (content,) = content.values()
+    if not isinstance(content, Tensor):
+        found = f"{len(content)} things" if isinstance(content, dict | list | tuple) else type(content).__name__
+        raise UserError(f"{path}: holds {found}, not one tensor; save one with torch.save(noise, ...)")
+    if content.dtype not in DTYPES:
+        raise UserError(f"{path}: noise of {content.dtype}; save it as torch.float32")
+    shape = tuple(content.shape)
+    fits = len(shape) in (3, 4) and shape[-3] == channels and min(shape) > 0 and not any(s % stride for s in shape[-2:])
+    if not fits:
+        raise UserError(
+            f"{path}: noise of shape {shape}; it must be ({channels}, H, W) or (N, {channels}, H, W), with H and W"
+            f" divisible by {stride}"
+        )
+    if not content.isfinite().all():
+        raise UserError(f"{path}: noise with NaN or infinite values; draw it again with torch.randn")
+    images = content.detach().float().reshape(-1, *shape[-3:])
+    digits = max(2, len(str(len(images) - 1)))
+    names = [path.stem] if len(images) == 1 else [f"{path.stem}_{k:0{digits}d}" for k in range(len(images))]
+    return [Noise(name, xt) for name, xt in zip(names, images)]
+
+
+def read_noises(source: Path, channels: int, stride: int) -> list[Noise]:
+    """All noises of a folder or a file.
+
+    Args:
+        source: a folder of noise files, or one such file.
+        channels: colour channels that the network takes.
+        stride: what heights and widths must be divisible by.
+
+    Raises:
+        UserError: there are none, one of them is bad, or two of them would become the same image.
+    """
+    noises = [noise for path in noise_files(Path(source)) for noise in read_noise_file(path, channels, stride)]
+    names = [noise.name for noise in noises]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{source}: two noises would become {twice[0]}.png; rename one of them")
+    return noises
+
+
+def named(noises: Sequence[Noise], names: Sequence[str]) -> list[Noise]:
+    """The noises of these names, in this order.
+
+    Raises:
+        UserError: there is no noise of one of the names.
+    """
+    by_name = {noise.name: noise for noise in noises}
+    if missing := [name for name in names if name not in by_name]:
+        raise UserError(f"noise {missing[0]}: not there; choose from {', '.join(by_name)}")
+    return [by_name[name] for name in names]
+
+
+def random_noises(count: int, shape: Sequence[int], seed: int) -> list[Noise]:
+    """Noises 00, 01, ... of a seed; number k is the same however many are drawn.
+
+    Args:
+        count: how many.
+        shape: (C, H, W).
+        seed: a whole number from 0.
+    """
+    drawn = ImageNoise([(seed, k) for k in range(count)]).draw(shape)
+    return [Noise(f"{k:02d}", xt) for k, xt in enumerate(drawn)]

@@ -1,0 +1,283 @@
+"""Draw faces from noises, one PNG a noise, the way the course's ground truth was made.
+
+python sample.py NOISE OUT UNet.pt   # the course's noises and weights: NOISE/00.pt becomes OUT/00.png, ...
+python sample.py                     # the noises and weights that come with the project, into outputs/p2
+python sample.py NOISE OUT --eta 1 --steps 100 --timestep-spacing trailing
+"""
+
+import sys
+import zlib
+from argparse import ArgumentTypeError, BooleanOptionalAction
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.errors import Parser, UserError, run
+from common.images import SAVE_RANGES, staged, to_pil, to_uint8
+from common.runtime import PRECISIONS, autocast, pick_device
+from common.sampling import ImageNoise, reverse_process
+from common.schedule import SPACINGS, NoiseSchedule
+from p2_ddim.model import FaceUNetConfig, layout, load_face_unet
+from p2_ddim.noise import Noise, read_noises
+
+HERE = Path(__file__).resolve().parent
+WEIGHTS = HERE / "weights" / "faces.safetensors"
+EXAMPLES = HERE / "examples"
+OUTPUT = HERE.parent / "outputs" / "p2"
+CPU_MEMORY = 5 * 2**30
+
+
+@dataclass(frozen=True)
+class DDIMOptions:
+    """How to walk from noise to image; every field is a flag, and the defaults are the ground truth's conventions.
+
+    Args:
+        steps: steps of the reverse process.
+        eta: 0 for DDIM, 1 for DDPM's posterior variance.
+        timestep_spacing: which timesteps are visited; "leading" ones are shifted by one, to 981, 961, ..., 1.
+        clip_x0: clamp the predicted x0 to [-1, 1] in every step.
+        final_alpha: alphas_cumprod after the last step: "first" for alphas_cumprod[0], or "one".
+        save_range: see `to_uint8`.
+        seed: of the fresh noise where eta is above 0.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    steps: int = 50
+    eta: float = 0.0
+    timestep_spacing: str = "leading"
+    clip_x0: bool = True
+    final_alpha: str = "first"
+    save_range: str = "minmax"
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"--eta {self.eta}: choose from 0 to 1")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: seeds are whole numbers from 0")
+
+    def timesteps(self, schedule: NoiseSchedule) -> list[int]:
+        """The timesteps that are visited, from noisy to clean."""
+        try:
+            return schedule.timesteps(
+                self.steps, self.timestep_spacing, offset=1 if self.timestep_spacing == "leading" else 0
+            )
+        except ValueError as error:
+            raise UserError(f"--steps {self.steps} --timestep-spacing {self.timestep_spacing}: {error}") from None
+
+
+def images_that_fit(config: FaceUNetConfig, height: int, width: int, number_bytes: int, memory: int) -> int:
+    """How many images of a size the network takes at once, by what its largest layer and its kept outputs need.
+
+    Args:
+        config: the network's.
+        height, width: of the images, pixels.
+        number_bytes: bytes of one activation.
+        memory: bytes there are for activations.
+    """
+    down, middle, up = layout(config)
+    positions, kept, largest = height * width // config.patch_size**2, 0, 0
+    for layer in (*down, *middle, *up):
+        positions = {"shrink": positions // 4, "grow": positions * 4}.get(layer.kind, positions)
+        # A residual block holds its input, the concatenation before it, two normalised copies, and its output.
+        largest = max(largest, (4 * layer.in_channels + layer.out_channels) * positions)
+        kept += layer.out_channels * positions if layer in down else 0
+    return max(1, memory // (number_bytes * (kept + largest)))
+
+
+class FaceSampler:
+    """Draws faces from noises; what the weights file says decides the network, the schedule and the prediction.
+
+    Args:
+        weights: a checkpoint of ours, or a state dict of the course's network.
+        device: where to compute.
+        precision: "fp32", "bf16" or "fp16" for the network; the images themselves stay fp32.
+        compile: torch.compile the network, on a GPU with CUDA graphs.
+
+    Raises:
+        UserError: the weights are missing, truncated, carry code, or do not fit.
+    """
+
+    def __init__(self, weights: Path, device: torch.device, precision: str = "fp32", compile: bool = False):
+        self.model, self.about = load_face_unet(weights)
+        self.schedule = NoiseSchedule(**self.about["schedule"])
+        self.device, self.precision = device, precision
+        self.model.to(device, memory_format=torch.channels_last)
+        if precision != "fp32":
+            # Autocast would convert the weights in every step. Sinusoids and norms stay fp32.
+            for module in self.model.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    module.to(torch.bfloat16 if precision == "bf16" else torch.float16)
+        graphs = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+        self.network = torch.compile(self.model, dynamic=False, **graphs) if compile else self.model
+
+    @torch.no_grad()
+    def denoise(self, xt: Tensor, t: int) -> Tensor:
+        """The network's output at one timestep."""
+        if self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        timesteps = torch.full((len(xt),), t, device=xt.device)
+        with autocast(self.device, self.precision):
+            return self.network(xt.contiguous(memory_format=torch.channels_last), timesteps)
+
+    def steps(self, noises: Sequence[Noise], options: DDIMOptions) -> dict[str, Any]:
+        """The arguments of `reverse_process` for noises of one size.
+
+        Fresh noise is keyed by the seed and the noise's name: it does not depend on what else is drawn.
+        """
+        return {
+            "denoise": self.denoise,
+            "schedule": self.schedule,
+            "xt": torch.stack([noise.xt for noise in noises]).to(self.device),
+            "timesteps": options.timesteps(self.schedule),
+            "prediction": self.about["prediction"],
+            "method": "ddim",
+            "eta": options.eta,
+            "noise": ImageNoise([(options.seed, zlib.crc32(noise.name.encode())) for noise in noises]),
+            "clip_x0": options.clip_x0,
+            "final_alpha": options.final_alpha,
+        }
+
+    def batch_size(self, height: int, width: int) -> int:
+        """How many images of a size fit the device's memory at once."""
+        free = torch.cuda.mem_get_info(self.device)[0] * 7 // 10 if self.device.type == "cuda" else CPU_MEMORY
+        return images_that_fit(self.model.config, height, width, 4 if self.precision == "fp32" else 2, free)
+
+    def faces(
+        self, noises: Sequence[Noise], options: DDIMOptions, batch_size: int | None = None
+    ) -> Iterator[tuple[Noise, Tensor]]:
+        """Draw the noises in batches; yields each with its image, uint8 (C, H, W) on the CPU, in their order.
+
+        Args:
+            noises: what to start from; sizes may differ.
+            options: how to walk.
+            batch_size: images at a time; None for as many as fit the memory.
+
+        Raises:
+            UserError: a batch does not fit the GPU's memory.
+        """
+        with tqdm(total=len(noises) * options.steps, desc="faces", unit="step", disable=None) as bar:
+            for (_, height, width), group in groupby(noises, lambda noise: tuple(noise.xt.shape)):
+                alike, size = list(group), batch_size or self.batch_size(height, width)
+                for start in range(0, len(alike), size):
+                    batch = alike[start : start + size]
+                    try:
+                        for step in reverse_process(**self.steps(batch, options)):
+                            images = step.xt
+                            bar.update(len(batch))
+                    except torch.OutOfMemoryError:
+                        raise UserError(
+                            f"{len(batch)} images of {width}x{height} do not fit the GPU's memory; choose a"
+                            " smaller --batch-size"
+                        ) from None
+                    yield from zip(batch, to_uint8(images, options.save_range))
+
+    def pictures(self, noises: Sequence[Noise], options: DDIMOptions, batch_size: int | None = None) -> Tensor:
+        """The images of `faces` alone, all of one size, as one uint8 tensor (N, C, H, W)."""
+        return torch.stack([image for _, image in self.faces(noises, options, batch_size)])
+
+
+def count_or_auto(text: str) -> int | None:
+    """A batch size from 1, or None for "auto"."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text}: choose auto or a whole number from 1")
+    return int(text)
+
+
+def add_sampling_arguments(parser: Parser) -> None:
+    """The arguments of everything that draws faces; see `sampler_from` and `ddim_options`."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--steps", type=int, default=50, help="steps of the reverse process")
+    group.add_argument("--eta", type=float, default=0.0, help="fresh noise: 0 none (DDIM), 1 as DDPM")
+    group.add_argument("--timestep-spacing", choices=SPACINGS, default="leading", help="which timesteps are visited")
+    group.add_argument(
+        "--clip-x0", action=BooleanOptionalAction, default=True, help="clamp the predicted x0 to [-1, 1]"
+    )
+    group.add_argument(
+        "--final-alpha", choices=("first", "one"), default="first", help="alphas_cumprod after the last step"
+    )
+    group.add_argument(
+        "--save-range", choices=SAVE_RANGES, default="minmax", help="what becomes black and white in the PNG"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the fresh noise")
+    group.add_argument("--batch-size", type=count_or_auto, default="auto", help="images at a time; bounds the memory")
+    group.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="of the network; auto is fp32, the ground truth's"
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument("--compile", action="store_true", help="torch.compile the network, on a GPU with CUDA graphs")
+
+
+def add_source_arguments(parser: Parser, output: Path) -> None:
+    """The noises, the output folder and the weights, all of which may be left out."""
+    parser.add_argument(
+        "noise", type=Path, nargs="?", default=EXAMPLES / "noise", metavar="NOISE", help="folder of noises, or one file"
+    )
+    parser.add_argument("out", type=Path, nargs="?", default=output, metavar="OUT", help="folder for the images")
+    parser.add_argument(
+        "weights", type=Path, nargs="?", default=WEIGHTS, metavar="UNET", help="UNet.pt, or weights of train.py"
+    )
+
+
+def parse_arguments(argv: list[str] | None = None):
+    parser = Parser(prog="sample.py", description=__doc__)
+    add_source_arguments(parser, OUTPUT)
+    add_sampling_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def ddim_options(args) -> DDIMOptions:
+    """The options among parsed arguments."""
+    return DDIMOptions(**{field.name: getattr(args, field.name) for field in fields(DDIMOptions)})
+
+
+def sampler_from(args) -> FaceSampler:
+    """The sampler that the arguments describe."""
+    precision = "fp32" if args.precision == "auto" else args.precision
+    return FaceSampler(args.weights, pick_device(args.device), precision, args.compile)
+
+
+def noises_for(sampler: FaceSampler, source: Path) -> list[Noise]:
+    """The noises of a folder, and a word on stderr if the network was trained on another size than theirs."""
+    config, trained = sampler.model.config, sampler.about["image_size"]
+    noises = read_noises(source, config.image_channels, config.stride)
+    if other := next((noise for noise in noises if noise.xt.shape[1:] != (trained, trained)), None):
+        height, width = other.xt.shape[1:]
+        print(
+            f"note: {other.name} is {width}x{height}, but these weights were trained on {trained}x{trained}",
+            file=sys.stderr,
+        )
+    return noises
+
+
+def main(args) -> list[Path]:
+    """Draw and write; returns the files written.
+
+    Raises:
+        UserError: bad arguments, noises or weights, or a folder that cannot be written; nothing is written then.
+    """
+    options = ddim_options(args)
+    sampler = sampler_from(args)
+    options.timesteps(sampler.schedule)
+    noises = noises_for(sampler, args.noise)
+    with staged(args.out) as stage:
+        for noise, image in sampler.faces(noises, options, args.batch_size):
+            to_pil(image).save(stage / f"{noise.name}.png")
+    print(f"{len(noises)} images in {args.out}")
+    return [args.out / f"{noise.name}.png" for noise in noises]
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())
