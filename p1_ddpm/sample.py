@@ -209,7 +209,8 @@ def main(args) -> list[Path]:
                 to_pil(image).save(stage / digit.file)
     processes.wait()
     if processes.rank == 0:
-        print(f"{len(digits)} images in {args.out}")
+        by = f", drawn by {processes.count} processes" if processes.count > 1 else ""
+        print(f"{len(digits)} images in {args.out}{by}")
     return [args.out / digit.file for digit in mine]
 
 

@@ -108,21 +108,17 @@ def test_a_training_state_draws_its_averaged_weights(tmp_path, weights):
 
 def test_two_processes_draw_what_one_draws(tmp_path, weights):
     alone = draw(tmp_path / "one", weights, "--count", "3", "--precision", "fp32")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        "--cpu",
-        "--main_process_port",
-        "0",
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     flags = ["--weights", str(weights), "--steps", "3", "--count", "3", "--precision", "fp32"]
-    subprocess.run(
-        [*command, str(ROOT / "p1_ddpm" / "sample.py"), str(tmp_path / "two"), *flags],
-        check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
-    )  # fmt: skip
+    run = subprocess.run(
+        [*launch, str(ROOT / "p1_ddpm" / "sample.py"), str(tmp_path / "two"), *flags],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert run.stdout.splitlines() == [f"30 images in {tmp_path / 'two'}, drawn by 2 processes"]
     files = sorted((tmp_path / "two").rglob("*.png"))
     assert len(files) == len(alone) == 30
     for path in files:
