@@ -1,0 +1,124 @@
+"""How far drawn images lie from real ones: numbers computed from two feature matrices, one row an image.
+
+All of them depend on how many images are compared, the Frechet distance and recall most. Compare figures only at equal
+counts, and read them beside a yardstick: the same numbers for two sets of real images.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+
+
+def matrices(first: Tensor, second: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Both feature matrices as float64, once they are known to be comparable.
+
+    Raises:
+        UserError: fewer than `least` images in one of them.
+        ValueError: they are not matrices of the same width.
+    """
+    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
+        raise ValueError(f"features {tuple(first.shape)} and {tuple(second.shape)}: both must be (images, features)")
+    if min(len(first), len(second)) < least:
+        raise UserError(f"{min(len(first), len(second))} images: comparing two sets takes at least {least} of each")
+    return first.double(), second.double()
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Frechet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, equation 6).
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), with the covariances C over n - 1.
+
+    Args:
+        first: (N, D) features.
+        second: (M, D) features.
+
+    Raises:
+        UserError: fewer than two images in a set.
+    """
+    first, second = matrices(first, second, 2)
+    means = first.mean(0), second.mean(0)
+    # With C = X'X, X the centred features over sqrt(n - 1), the eigenvalues of C1 C2 are the squared singular values
+    # of X1 X2'. That needs no matrix square root, which is inexact and turns complex where a covariance is singular,
+    # as it is with fewer images than features. X may be replaced by the small triangle of its QR decomposition.
+    roots = [torch.linalg.qr((x - m) / (len(x) - 1) ** 0.5).R for x, m in zip((first, second), means)]
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    distance = (means[0] - means[1]).square().sum() + roots[0].square().sum() + roots[1].square().sum() - 2 * cross
+    return max(0.0, distance.item())
+
+
+def kernel_distance(first: Tensor, second: Tensor) -> float:
+    """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4: KID).
+
+    Unbiased: its expectation does not depend on the number of images, and it may be slightly negative.
+
+    Args:
+        first: (N, D) features.
+        second: (M, D) features.
+
+    Raises:
+        UserError: fewer than two images in a set.
+    """
+    first, second = matrices(first, second, 2)
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        values = kernel(x, x)
+        return (values.sum() - values.trace()) / (len(x) * (len(x) - 1))
+
+    return (within(first) + within(second) - 2 * kernel(first, second).mean()).item()
+
+
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """Euclidean distances (N, M), exact to rounding: the usual shortcut over x.y loses small ones."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class PrecisionRecall(NamedTuple):
+    """How many drawn images look real, and how much of the real images' variety was drawn; both 0 to 1."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(real: Tensor, drawn: Tensor, k: int = 3) -> PrecisionRecall:
+    """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2).
+
+    A set's manifold is the union of balls around its points, each reaching to the point's k-th neighbour in the set.
+    Precision is the share of drawn points inside the real manifold, recall that of real points inside the drawn one.
+
+    Args:
+        real: (N, D) features.
+        drawn: (M, D) features.
+        k: which neighbour sets a ball's radius.
+
+    Raises:
+        UserError: a set has no more than k images.
+    """
+    real, drawn = matrices(real, drawn, k + 1)
+    # The smallest distance of every row is the point's own zero, so the k-th neighbour is at k + 1.
+    real_radii, drawn_radii = (distances(x, x).kthvalue(k + 1, dim=1).values for x in (real, drawn))
+    between = distances(drawn, real)
+    precision = (between <= real_radii).any(dim=1).double().mean()
+    recall = (between.T <= drawn_radii).any(dim=1).double().mean()
+    return PrecisionRecall(precision.item(), recall.item())
+
+
+def nearest(queries: Tensor, references: Tensor, chunk: int = 500) -> tuple[Tensor, Tensor]:
+    """The nearest reference of every query, by Euclidean distance.
+
+    Args:
+        queries: (N, D) features, or images flattened.
+        references: (M, D), of the same dtype.
+        chunk: queries compared at a time; bounds the memory to chunk x M numbers.
+
+    Returns:
+        Distances (N,) and positions among the references (N,).
+    """
+    # The fast shortcut ranks well enough; the distance to the winner is then computed exactly.
+    index = torch.cat([torch.cdist(part, references).argmin(dim=1) for part in queries.split(chunk)])
+    return (queries - references[index]).norm(dim=1), index

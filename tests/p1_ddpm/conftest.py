@@ -1,0 +1,57 @@
+"""A toy that a judge can learn in seconds: ten kinds of stripes instead of ten digits."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from common.data import LabelledImages
+from p1_ddpm.judge import JudgeConfig, judge_path, train_judge
+
+
+def striped(labels: torch.Tensor, seed: int, size: int = 28) -> LabelledImages:
+    """Stripes that lie (0-4) or stand (5-9), from wide to narrow, in any colour and phase, with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(labels)
+    position = torch.arange(size) / size
+    phase = torch.rand(n, 1, generator=generator) * 2 * math.pi
+    wave = torch.cos(2 * math.pi * (1 + 2 * (labels % 5))[:, None] * position + phase)  # (n, size)
+    wave = torch.where((labels < 5)[:, None, None], wave[:, :, None], wave[:, None, :])  # (n, size, size)
+    colour = 0.5 + 0.5 * torch.rand(n, 3, 1, 1, generator=generator)
+    pixels = 127 + 90 * wave[:, None] * colour + 10 * torch.randn(n, 3, size, size, generator=generator)
+    return LabelledImages(pixels.clamp(0, 255).to(torch.uint8), labels, [f"{i:05d}.png" for i in range(n)])
+
+
+def write_png(path, image: torch.Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+
+
+@pytest.fixture(scope="session")
+def stripes():
+    """400 striped images. Every tenth of them, the held-out part, shows each digit four times."""
+    return striped(torch.arange(400) // 10 % 10, seed=0)
+
+
+@pytest.fixture(scope="session")
+def striped_digits(stripes, tmp_path_factory):
+    """The stripes as the course's digits folder, the same in both domains."""
+    root = tmp_path_factory.mktemp("striped")
+    for name, image in zip(stripes.names, stripes.images):
+        write_png(root / "mnistm" / "data" / name, image)
+    rows = [f"{name},{label}" for name, label in zip(stripes.names, stripes.labels.tolist())]
+    (root / "mnistm" / "train.csv").write_text("\n".join(["image_name,label", *rows]) + "\n")
+    shutil.copytree(root / "mnistm", root / "svhn")
+    return root
+
+
+@pytest.fixture(scope="session")
+def judges(stripes, tmp_path_factory):
+    """A folder with a small judge of stripes for both domains."""
+    folder = tmp_path_factory.mktemp("judges")
+    small = JudgeConfig(widths=(8, 16, 24), dropout=0.0)
+    path = train_judge("mnistm", stripes, 25, folder, small, batch_size=60, precision="fp32", device="cpu")
+    shutil.copy(path, judge_path(folder, "svhn"))
+    return folder
