@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL_FILES = [*sorted(ROOT.glob("*.sh")), ROOT / ".ci" / "run"]
+PROGRAMS = {"hw2_1.sh": "p1_ddpm/sample.py", "hw2_2.sh": "p2_ddim/sample.py"}
+ARGUMENTS = {"hw2_1.sh": ["out dir"], "hw2_2.sh": ["noise dir", "out dir", "UNet.pt"]}
 # Variables of an outer make would reach the inner one.
 ENVIRONMENT = {
     name: value
@@ -60,51 +62,65 @@ def test_shell_files_parse_and_can_be_run(path):
     assert os.access(path, os.X_OK)
 
 
-class TestDigitsWrapper:
-    """hw2_1.sh with a stand-in for Python that says how it was called."""
+class TestWrappers:
+    """The grader's commands with a stand-in for Python that says how it was called."""
 
-    def test_hands_on_every_argument_from_the_callers_folder(self, tree, tmp_path):
+    @pytest.fixture(params=PROGRAMS)
+    def script(self, request) -> str:
+        return request.param
+
+    def test_hands_on_every_argument_from_the_callers_folder(self, tree, tmp_path, script):
         python = recorder(tmp_path / "my python", "named")
         caller = tmp_path / "called from here"
         caller.mkdir()
-        result = call(
-            "bash", tree / "hw2_1.sh", "out dir", "--layout", "2024", "--seed", "3", cwd=caller, PYTHON=python
-        )
-        script = tree / "p1_ddpm" / "sample.py"
-        expected = ["named", caller, script, "out dir", "--layout", "2024", "--seed", "3"]
-        assert result.stdout.splitlines() == [str(word) for word in expected]
-        assert result.returncode == 0
+        arguments = [*ARGUMENTS[script], "--seed", "3", "two words"]
+        result = call("bash", tree / script, *arguments, cwd=caller, PYTHON=python)
+        expected = ["named", str(caller), str(tree / PROGRAMS[script]), *arguments]
+        assert (result.returncode, result.stdout.splitlines()) == (0, expected)
 
-    def test_named_python_then_venv_then_path(self, tree, tmp_path):
+    def test_named_python_then_venv_then_path(self, tree, tmp_path, script):
         named = recorder(tmp_path / "named", "named")
         recorder(tmp_path / "bin" / "python3", "path")
         path = f"{tmp_path / 'bin'}:{ENVIRONMENT['PATH']}"
 
         def which_python(**environment) -> str:
-            return call("bash", tree / "hw2_1.sh", "out", PATH=path, **environment).stdout.splitlines()[0]
+            result = call("bash", tree / script, *ARGUMENTS[script], PATH=path, **environment)
+            return result.stdout.splitlines()[0]
 
         assert which_python() == "path"
         recorder(tree / ".venv" / "bin" / "python", "venv")
         assert which_python() == "venv"
         assert which_python(PYTHON=named) == "named"
 
-    def test_works_through_a_symlink(self, tree, tmp_path):
+    def test_works_through_a_symlink(self, tree, tmp_path, script):
         python = recorder(tmp_path / "python", "named")
         link = tmp_path / "link.sh"
-        link.symlink_to(tree / "hw2_1.sh")
-        assert call("bash", link, "out", PYTHON=python).stdout.splitlines()[2] == str(tree / "p1_ddpm" / "sample.py")
+        link.symlink_to(tree / script)
+        result = call("bash", link, *ARGUMENTS[script], PYTHON=python)
+        assert result.stdout.splitlines()[2] == str(tree / PROGRAMS[script])
 
-    @pytest.mark.parametrize("arguments", [[], [""], ["--seed", "3"]], ids=["none", "empty", "flag first"])
-    def test_no_output_argument(self, tree, tmp_path, arguments):
+    @pytest.mark.parametrize(
+        ("script", "arguments"),
+        [
+            ("hw2_1.sh", []),
+            ("hw2_1.sh", [""]),
+            ("hw2_1.sh", ["--seed", "3"]),
+            ("hw2_2.sh", [""]),
+            ("hw2_2.sh", ["noise"]),
+            ("hw2_2.sh", ["noise", ""]),
+            ("hw2_2.sh", ["noise", "--eta", "1"]),
+        ],
+    )
+    def test_no_output_argument(self, tree, tmp_path, script, arguments):
         python = recorder(tmp_path / "python", "named")
-        result = call("bash", tree / "hw2_1.sh", *arguments, PYTHON=python)
+        result = call("bash", tree / script, *arguments, PYTHON=python)
         assert (result.returncode, result.stdout) == (2, "")
         assert len(result.stderr.splitlines()) == 1
-        assert "hw2_1.sh OUT" in result.stderr
+        assert f"bash {script} " in result.stderr
 
-    def test_exit_code_is_pythons(self, tree, tmp_path):
+    def test_exit_code_is_pythons(self, tree, tmp_path, script):
         python = executable(tmp_path / "python", "exit 7\n")
-        assert call("bash", tree / "hw2_1.sh", "out", PYTHON=python).returncode == 7
+        assert call("bash", tree / script, *ARGUMENTS[script], PYTHON=python).returncode == 7
 
 
 class TestWeightsCheck:
