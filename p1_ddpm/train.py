@@ -191,8 +191,10 @@ def main(args) -> Path:
         UserError: bad arguments or data, a loss that is not finite, or a full disk.
     """
     options = training_options(args)
-    if not 0 <= args.label_drop <= 1 or not args.min_snr_gamma >= 0:
-        raise UserError(f"--label-drop {args.label_drop} --min-snr-gamma {args.min_snr_gamma}: 0 to 1, and at least 0")
+    if not 0 <= args.label_drop <= 1:
+        raise UserError(f"--label-drop {args.label_drop}: must be between 0 and 1")
+    if not args.min_snr_gamma >= 0:
+        raise UserError(f"--min-snr-gamma {args.min_snr_gamma}: must be at least 0")
     config = model_config(args)
     sets, domains = read_sets(args)
     config = replace(config, num_labels=sum(domains.values()))

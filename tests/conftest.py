@@ -32,15 +32,16 @@ def fresh_accelerate():
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """The course's digits folder in small: both domains, 40 images of 8x8 noise each, every digit four times."""
+    """The course's digits folder in small: both domains, 40 images of 8x8 each, a colour and some noise for a digit."""
     root = tmp_path_factory.mktemp("digits")
     random = np.random.default_rng(0)
     for domain in ("mnistm", "svhn"):
         (root / domain / "data").mkdir(parents=True)
         names = [f"{3 * i + 2:05d}.png" for i in range(40)]
-        for name in names:
-            pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / domain / "data" / name)
+        colours = random.integers(20, 236, (10, 3))
+        for i, name in enumerate(names):
+            pixels = colours[i % 10] + random.integers(-20, 20, (8, 8, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(root / domain / "data" / name)
         rows = [f"{name},{i % 10}" for i, name in enumerate(names)]
         (root / domain / "train.csv").write_text("\n".join(["image_name,label", *rows]) + "\n")
     return root

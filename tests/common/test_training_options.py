@@ -1,6 +1,7 @@
 """Training flags and the learning rate they describe."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_the_rate_rises_stays_and_falls(decay):
     rates = [learning_rate(options, step) for step in range(1000)]
     assert rates[:100] == pytest.approx([2 * (step + 1) / 100 for step in range(100)])
     assert rates[100:601] == pytest.approx([2.0] * 501)
-    assert all(after < before for before, after in zip(rates[601:970], rates[602:970]))
+    assert all(after < before for before, after in pairwise(rates[601:970]))
     middle = {"linear": 1.0, "cosine": 2 * (0.5 - 0.5 * math.cos(math.pi * 0.5))}[decay]
     assert rates[800] == pytest.approx(middle)
     assert rates[700] == pytest.approx({"linear": 1.5, "cosine": 2 * (0.5 + 0.5 * math.sqrt(0.5))}[decay])

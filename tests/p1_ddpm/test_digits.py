@@ -1,0 +1,48 @@
+"""The digits' classes and layouts."""
+
+import pytest
+
+from common.errors import UserError
+from p1_ddpm.digits import DOMAINS, LAYOUTS, joint_label, read_digits
+
+
+def test_joint_classes_follow_one_another():
+    joint = [joint_label(DOMAINS, domain, digit) for domain in DOMAINS for digit in range(10)]
+    assert joint == list(range(20))
+    assert joint_label({"a": 3, "b": 2, "c": 4}, "c", 1) == 6
+
+
+@pytest.mark.parametrize(("domain", "label", "complaint"), [("usps", 1, "domain usps"), ("svhn", 10, "class 10")])
+def test_unknown_classes_are_refused(domain, label, complaint):
+    with pytest.raises(UserError, match=complaint):
+        joint_label(DOMAINS, domain, label)
+
+
+def test_layouts_are_the_courses():
+    assert LAYOUTS["2025"] == {"mnistm": (0, 2, 4, 6, 8), "svhn": (1, 3, 5, 7, 9)}
+    assert LAYOUTS["2024"] == {"mnistm": tuple(range(10)), "svhn": tuple(range(10))}
+
+
+@pytest.mark.parametrize("layout", [None, "2024", "2025"])
+def test_a_layout_keeps_its_digits(digits, layout):
+    sets = read_digits(digits, layout, size=8)
+    assert list(sets) == ["mnistm", "svhn"]
+    for domain, images in sets.items():
+        expected = LAYOUTS[layout or "2024"][domain]
+        assert sorted(set(images.labels.tolist())) == list(expected)
+        assert len(images) == 4 * len(expected)
+
+
+def test_one_domain_is_enough_and_none_is_refused(digits, tmp_path):
+    (tmp_path / "svhn").symlink_to(digits / "svhn")
+    assert list(read_digits(tmp_path, size=8)) == ["svhn"]
+    with pytest.raises(UserError, match=r"absent: holds neither mnistm/train.csv nor svhn/train.csv"):
+        read_digits(tmp_path / "absent")
+
+
+def test_labels_beyond_nine_are_refused(digits, tmp_path):
+    (tmp_path / "svhn").mkdir()
+    (tmp_path / "svhn" / "data").symlink_to(digits / "svhn" / "data")
+    (tmp_path / "svhn" / "train.csv").write_text("image_name,label\n00002.png,3\n00005.png,10\n")
+    with pytest.raises(UserError, match=r"svhn/train.csv row 3: label '10': labels are 0 to 9"):
+        read_digits(tmp_path)

@@ -1,0 +1,173 @@
+"""The Context-UNet: shapes, what it reacts to, and that nothing of it stays on the CPU."""
+
+import math
+
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import nn
+
+from common.sampling import draw, guided
+from common.schedule import PREDICTIONS, NoiseSchedule
+from p1_ddpm.model import ContextUNet, ContextUNetConfig, timestep_embedding
+from p1_ddpm.train import diffusion_loss
+
+SMALL = ContextUNetConfig(widths=(16, 32), blocks=(1, 2), embedding=24)
+
+
+def randomised(config=SMALL):
+    """A network whose zeroed layers are not zero, as after training."""
+    torch.manual_seed(0)
+    model = ContextUNet(config)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def inputs(count=3, size=28, channels=3):
+    generator = torch.Generator().manual_seed(1)
+    xt = torch.randn(count, channels, size, size, generator=generator)
+    return xt, torch.arange(count) * 300, torch.arange(count)
+
+
+@pytest.mark.parametrize("size", [20, 28, 32, 64])
+def test_output_is_shaped_as_the_input(size):
+    xt, t, labels = inputs(size=size)
+    assert randomised()(xt, t, labels).shape == xt.shape
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ContextUNetConfig(widths=(8,), blocks=(1,), attention=(True,), patch_size=1, heads=4, num_labels=5),
+        ContextUNetConfig(widths=(8, 12, 16), blocks=(2, 1, 1), attention=(False, True, False), image_channels=1),
+        ContextUNetConfig(widths=(8, 8), blocks=(1, 1), middle_blocks=0, middle_attention=False, patch_size=4),
+    ],
+)
+def test_every_size_by_config(config):
+    xt, t, _ = inputs(size=4 * config.stride, channels=config.image_channels)
+    model = randomised(config)
+    assert model.null_label == config.num_labels
+    assert model(xt, t, torch.full_like(t, model.null_label)).shape == xt.shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "complaint"),
+    [
+        ({"widths": (8, 8), "blocks": (1,)}, "one entry a level"),
+        ({"widths": (15, 16)}, "even"),
+        ({"widths": (8, 0)}, "above 0"),
+        ({"blocks": (0, 1)}, "above 0"),
+        ({"widths": (8, 9), "heads": 2}, "divisible by 2 attention heads"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        ContextUNetConfig(**sizes)
+
+
+def test_a_config_survives_json():
+    fields = {"widths": [8, 16], "blocks": [1, 1], "attention": [False, False]}
+    assert ContextUNetConfig(**fields) == ContextUNetConfig(widths=(8, 16), blocks=(1, 1), attention=(False, False))
+
+
+def test_a_fresh_network_predicts_nothing():
+    torch.manual_seed(0)
+    assert not ContextUNet(SMALL)(*inputs()).any()
+
+
+def test_time_and_context_change_the_output():
+    model = randomised()
+    xt, t, labels = inputs(count=1)
+    xt, t = xt.expand(21, -1, -1, -1), t.expand(21)
+    by_label = model(xt, t, torch.arange(21))  # twenty classes and null
+    by_time = model(xt, torch.arange(21) * 45, labels.expand(21))
+    for outputs in (by_label, by_time):
+        distances = torch.cdist(outputs.flatten(1), outputs.flatten(1)) + 1e9 * torch.eye(21)
+        assert distances.min() > 1e-2
+
+
+def test_context_acts_inside_every_residual_block():
+    """The embedding reaches the features through the modulation alone, as scale and shift."""
+    model = randomised()
+    xt, t, labels = inputs()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modulation" in name:
+                parameter.zero_()
+        assert torch.equal(model(xt, t, labels), model(xt, t + 77, labels + 5))
+
+
+def test_images_of_a_batch_do_not_mix():
+    model = randomised()
+    xt, t, labels = inputs()
+    alone = torch.cat([model(xt[i : i + 1], t[i : i + 1], labels[i : i + 1]) for i in range(3)])
+    assert (model(xt, t, labels) - alone).abs().max() < 1e-4
+
+
+def test_every_parameter_is_trained():
+    """DistributedDataParallel fails on parameters that no loss reaches."""
+    model = randomised()
+    model(*inputs()).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_timestep_embedding_is_diffusers():
+    t = torch.arange(1000)
+    theirs = get_timestep_embedding(t, 96, flip_sin_to_cos=False, downscale_freq_shift=0)
+    assert (timestep_embedding(t, 96) - theirs).abs().max() < 1e-4
+    exact = math.sin(999 * 10_000 ** (-5 / 48))
+    assert timestep_embedding(t, 96)[999, 5].item() == pytest.approx(exact, abs=1e-4)
+
+
+def meta_batch(count=4, size=28):
+    with torch.device("meta"):
+        images = torch.empty(count, 3, size, size)
+        indices = torch.empty(count, dtype=torch.int64)
+    return {"x0": images, "eps": torch.empty_like(images), "t": indices, "labels": torch.empty_like(indices)}
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_training_step_leaves_nothing_on_the_cpu(prediction):
+    """Every tensor of the step must be on the model's device: PyTorch refuses to mix the CPU with `meta`."""
+    with torch.device("meta"):
+        model = ContextUNet(SMALL)
+    optimizer = torch.optim.AdamW(model.parameters())
+    loss = diffusion_loss(model, meta_batch(), NoiseSchedule("cosine"), prediction, gamma=5.0)
+    loss.backward()
+    optimizer.step()
+    assert loss.device.type == "meta"
+    assert {p.grad.device.type for p in model.parameters()} == {"meta"}
+    assert {state["exp_avg"].device.type for state in optimizer.state.values()} == {"meta"}
+
+
+class MetaNoise:
+    def draw(self, shape, device, dtype):
+        return torch.empty(4, *shape, device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpm-solver++"])
+def test_sampling_leaves_nothing_on_the_cpu(method):
+    with torch.device("meta"):
+        model = ContextUNet(SMALL)
+    batch = meta_batch()
+    denoise = guided(model, {"labels": batch["labels"]}, {"labels": batch["labels"]}, guidance_scale=2.0)
+    schedule = NoiseSchedule("cosine")
+    image = draw(denoise, schedule, batch["x0"], schedule.timesteps(3), "v", method, eta=0.5, noise=MetaNoise())
+    assert image.device.type == "meta"
+    assert image.shape == batch["x0"].shape
+
+
+@pytest.mark.parametrize("place", ["timestep_embedding", "coefficients"])
+def test_a_tensor_left_on_the_cpu_is_noticed(place, monkeypatch):
+    """The check above can fail: tensors put back on the CPU on purpose are refused."""
+    if place == "timestep_embedding":
+        monkeypatch.setattr("p1_ddpm.model.timestep_embedding", lambda t, width: torch.zeros(len(t), width))
+    else:
+        zeros = torch.zeros(4, 1, 1, 1)
+        monkeypatch.setattr(NoiseSchedule, "coefficients", lambda *_: (zeros, zeros))
+    with torch.device("meta"):
+        model = ContextUNet(SMALL)
+    with pytest.raises(RuntimeError, match=r"device"):
+        diffusion_loss(model, meta_batch(), NoiseSchedule("cosine"), "v", gamma=5.0)

@@ -1,0 +1,259 @@
+"""Training the Context-UNet through its own script: batches, resume, processes, precision, and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.checkpoint import load_about, load_model_file, load_strictly, load_tensors
+from common.data import to_unit_range
+from common.errors import UserError
+from common.runtime import seeded_generator
+from common.schedule import NoiseSchedule
+from common.training import Trainer
+from p1_ddpm.digits import DOMAINS, read_digits
+from p1_ddpm.model import ContextUNet, ContextUNetConfig
+from p1_ddpm.train import DigitBatches, diffusion_loss, main, parse_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    *("--image-size", "8", "--widths", "8", "16", "--blocks", "1", "1", "--batch-size", "8", "--steps", "20"),
+    *("--warmup", "3", "--lr", "5e-3", "--precision", "fp32", "--device", "cpu"),
+    *("--log-every", "1", "--save-every", "10", "--validate-every", "10", "--sample-every", "100"),
+]
+
+
+def train(digits, out, *flags):
+    return main(parse_arguments(["--data", str(digits), "--out", str(out), *SMALL, *flags]))
+
+
+def newest(folder):
+    return load_tensors(sorted(folder.glob("state_*.safetensors"))[-1])
+
+
+def metrics(folder):
+    """The log without its timings."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def make_batches(digits, batch_size=8, drop=0.15, augment=()):
+    return DigitBatches(
+        read_digits(digits, size=8), DOMAINS, NoiseSchedule("cosine"), batch_size, drop, augment, seed=0
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(digits, tmp_path_factory):
+    """An undisturbed run of twenty steps."""
+    out = tmp_path_factory.mktemp("finished")
+    train(digits, out, "--sample-every", "20")
+    return out
+
+
+def test_a_run_leaves_its_weights_states_log_and_pictures(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        *("state_00000010.safetensors", "state_00000020.safetensors", "best.safetensors", "model.safetensors"),
+        *("metrics.jsonl", "samples_00000020.png", "tensorboard"),
+    }
+    with Image.open(finished / "samples_00000020.png") as picture:
+        # Two rows of ten 8x8 images, doubled, with white lines of 2 pixels around them.
+        assert picture.size == (10 * 18 + 2, 2 * 18 + 2)
+    kinds = [set(line) - {"step"} for line in metrics(finished)]
+    assert kinds.count({"loss", "norm", "lr"}) == 20
+    assert kinds.count({"validation_loss"}) == 2
+
+
+def test_the_finished_file_rebuilds_the_averaged_model_alone(finished):
+    state, about = load_model_file(finished / "model.safetensors", "ContextUNet")
+    assert about["step"] == 20
+    assert about["prediction"] == "v"
+    assert about["domains"] == DOMAINS
+    assert about["image_size"] == 8
+    assert about["training"]["lr"] == 5e-3
+    assert about["validation_loss"] == pytest.approx(metrics(finished)[-1]["validation_loss"])
+    assert NoiseSchedule(**about["schedule"]).name == "cosine"
+    model = ContextUNet(ContextUNetConfig(**about["config"]))
+    load_strictly(model, state, "model")
+    averaged = load_tensors(finished / "state_00000020.safetensors", "ema.")[0]
+    for name, tensor in model.state_dict().items():
+        assert (tensor - averaged[name]).abs().max() <= 1e-3 * averaged[name].abs().max()
+
+
+def test_training_learns(finished):
+    losses = [line["loss"] for line in metrics(finished) if "loss" in line]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+def test_ten_steps_a_kill_and_ten_more_are_twenty(digits, finished, tmp_path, monkeypatch):
+    """In every bit: weights, averages, moments and log. The kill comes three steps after the last save."""
+    whole_step = Trainer.take_step
+
+    def killed(trainer):
+        if trainer.step == 13:
+            raise KeyboardInterrupt
+        return whole_step(trainer)
+
+    monkeypatch.setattr(Trainer, "take_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(digits, tmp_path, "--sample-every", "20")
+    assert [path.name for path in tmp_path.glob("state_*")] == ["state_00000010.safetensors"]
+    assert metrics(tmp_path)[-1]["step"] == 13
+    monkeypatch.setattr(Trainer, "take_step", whole_step)
+    train(digits, tmp_path, "--sample-every", "20")
+    for name in ("state_00000020", "best", "model"):
+        tensors, about = load_tensors(tmp_path / f"{name}.safetensors")
+        others, other_about = load_tensors(finished / f"{name}.safetensors")
+        assert about == other_about
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(tensors[key], others[key]) for key in tensors)
+    assert any(key.startswith("optimizer.") and key.endswith("exp_avg_sq") for key in newest(tmp_path)[0])
+    assert metrics(tmp_path) == metrics(finished)
+    assert (tmp_path / "samples_00000020.png").read_bytes() == (finished / "samples_00000020.png").read_bytes()
+
+
+def test_two_processes_train_as_one(digits, finished, tmp_path):
+    """Each takes its half of every batch; what is left between the runs is the rounding of sums."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    script = [str(ROOT / "p1_ddpm" / "train.py"), "--data", str(digits), "--out", str(tmp_path), *SMALL]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "MASTER_PORT": "0"}
+    run = subprocess.run([*launch, *script], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("step 20: ") == 1  # one process speaks
+    for line, alone in zip(metrics(tmp_path), metrics(finished), strict=True):
+        assert line == pytest.approx(alone, rel=1e-3)
+    for name, tensor in newest(finished)[0].items():
+        if name.startswith(("model.", "ema.")):
+            # AdamW turns rounding of near-zero gradients into steps of up to the learning rate.
+            assert (newest(tmp_path)[0][name] - tensor).abs().max() < 1e-3, name
+
+
+def test_bf16_trains(digits, tmp_path, finished):
+    train(digits, tmp_path, "--precision", "bf16")
+    losses, exact = ([line["loss"] for line in metrics(run) if "loss" in line] for run in (tmp_path, finished))
+    assert losses != exact
+    assert losses == pytest.approx(exact, rel=0.05)
+    assert all(t.dtype == torch.float32 for name, t in newest(tmp_path)[0].items() if name.startswith("model."))
+
+
+def test_any_csv_trains_and_augmentation_follows_the_data(digits, tmp_path):
+    table = digits / "mnistm" / "train.csv"
+    path = main(parse_arguments(["--csv", str(table), "--out", str(tmp_path), *SMALL, "--steps", "2"]))
+    about = load_about(path)
+    assert about["domains"] == {"mnistm": 10}
+    assert about["config"]["num_labels"] == 10
+    train(digits, tmp_path / "jittered", "--steps", "2", "--augment", "mnistm", "svhn")
+
+
+def test_a_batch_shares_both_domains_and_drops_labels(digits):
+    batches = make_batches(digits, batch_size=1000, drop=0.15)
+    batch = batches(0, seeded_generator(0, 1, 0))
+    assert {name: tuple(t.shape) for name, t in batch.items()} == {
+        "x0": (1000, 3, 8, 8), "labels": (1000,), "t": (1000,), "eps": (1000, 3, 8, 8),
+    }  # fmt: skip
+    counts = torch.bincount(batch["labels"], minlength=21)
+    assert counts[20] == pytest.approx(150, abs=40)
+    assert counts[:10].sum().item() == pytest.approx(counts[10:20].sum().item(), abs=60)
+    assert torch.equal(batch["t"].sort().values, torch.arange(1000))
+    assert batch["eps"].mean().abs() < 0.01
+    assert batch["eps"].std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_labels_belong_to_their_images(digits):
+    sets = read_digits(digits, size=8)
+    truth = {}
+    for domain, offset in (("mnistm", 0), ("svhn", 10)):
+        for image, label in zip(to_unit_range(sets[domain].images), sets[domain].labels.tolist()):
+            truth[image.numpy().tobytes()] = label + offset
+    batches = make_batches(digits, batch_size=40, drop=0.0)
+    seen = set()
+    for step in range(2):
+        batch = batches(step, seeded_generator(0, 1, step))
+        for image, label in zip(batch["x0"], batch["labels"].tolist()):
+            assert truth[image.numpy().tobytes()] == label
+            seen.add(image.numpy().tobytes())
+    assert seen == set(truth)  # two batches of twenty each are one epoch of both domains
+
+
+def test_batches_depend_on_seed_and_step_alone(digits):
+    a, b = make_batches(digits, augment=("svhn",)), make_batches(digits, augment=("svhn",))
+    a(0, seeded_generator(0, 1, 0))
+    first, again, other = (x(5, seeded_generator(0, 1, n)) for x, n in ((a, 5), (b, 5), (b, 6)))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in ("x0", "t", "eps"))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_the_loss_of_a_perfect_network_is_zero_and_of_zeros_is_the_weighted_target(digits, prediction):
+    schedule = NoiseSchedule("cosine")
+    batch = make_batches(digits, batch_size=64)(0, seeded_generator(0, 1, 0))
+    target = schedule.target(batch["x0"], batch["eps"], batch["t"], prediction)
+
+    def perfect(xt, t, labels):
+        assert torch.equal(xt, schedule.add_noise(batch["x0"], batch["eps"], batch["t"]))
+        return target
+
+    assert diffusion_loss(perfect, batch, schedule, prediction, 5.0) == 0
+    weights = schedule.min_snr_weight(batch["t"], prediction, 5.0).numpy()
+    expected = np.mean(weights * (target.numpy() ** 2).reshape(64, -1).mean(1))
+    zeros = diffusion_loss(lambda xt, t, labels: torch.zeros_like(xt), batch, schedule, prediction, 5.0)
+    assert zeros.item() == pytest.approx(expected, rel=1e-5)
+    unweighted = diffusion_loss(lambda xt, t, labels: torch.zeros_like(xt), batch, schedule, prediction, 0)
+    assert unweighted.item() == pytest.approx((target.numpy() ** 2).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--data", "{tmp}/absent"], "{tmp}/absent: holds neither mnistm/train.csv nor svhn/train.csv; set --data"),
+        (["--csv", "{tmp}/absent.csv"], "{tmp}/absent.csv: no such file"),
+        (["--csv", "{tmp}/few/train.csv"], "{tmp}/few/train.csv: 3 images of few; give at least 10"),
+        (["--image-size", "10"], "--image-size 10: must be divisible by 4"),
+        (["--image-size", "0"], "--image-size 0: must be divisible by 4"),
+        (["--accumulate", "3"], "--batch-size 8: must be divisible by 1 processes x --accumulate 3"),
+        (["--augment", "usps"], "--augment usps: no such domain; choose from mnistm, svhn"),
+        (["--widths", "8"], "--widths, --blocks: widths (8,), blocks (1, 1)"),
+        (["--widths", "7", "8"], "--widths, --blocks: width 7"),
+        (["--label-drop", "2"], "--label-drop 2.0"),
+        (["--min-snr-gamma", "nan"], "--min-snr-gamma nan"),
+        (["--steps", "0"], "--steps 0: must be above 0"),
+        (["--seed", "-3"], "--seed -3: must be at least 0"),
+        (["--device", "cuda:77"], "--device cuda:77: "),
+        (["--out", "{tmp}/few/train.csv"], "{tmp}/few/train.csv: is a file"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(digits, tmp_path, flags, complaint):
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "train.csv").write_text("image_name,label\n" + "a.png,1\n" * 3)
+    Image.new("RGB", (8, 8)).save(few / "a.png")
+    with pytest.raises(UserError) as caught:
+        train(digits, tmp_path / "out", *(flag.replace("{tmp}", str(tmp_path)) for flag in flags))
+    assert str(caught.value).startswith(complaint.replace("{tmp}", str(tmp_path)))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_bad_choices_are_refused_in_one_line(capsys):
+    for flags in (["--layout", "2023"], ["--schedule", "quadratic"], ["--prediction", "score"]):
+        with pytest.raises(SystemExit) as caught:
+            parse_arguments(flags)
+        assert caught.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_help_is_short_and_shows_an_example(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    shown = capsys.readouterr().out
+    assert "python train.py --data hw2_data/digits" in shown
+    assert 20 <= shown.count("\n  --") <= 30
+    for group in ("data:", "model:", "training:"):
+        assert f"\n{group}\n" in shown
