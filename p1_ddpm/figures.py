@@ -145,8 +145,8 @@ def main(args) -> list[Path]:
     sampler = make_sampler(args)
     if sampler.domains != DOMAINS:
         raise UserError(f"{args.weights}: draws {', '.join(sampler.domains)}, not the digits; name other --weights")
-    real = read_examples(args.data, sampler.about["image_size"])
     with staged(args.out) as stage:
+        real = read_examples(args.data, sampler.about["image_size"])
         pictures = grids(sampler, args.seed, options, real)
         noise, steps = reverse_walk(sampler, args.seed, options)
         pictures["reverse_process.png"] = snapshots(noise, steps)

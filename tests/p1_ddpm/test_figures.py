@@ -1,0 +1,135 @@
+"""The figures hold the pixels that sample.py would write, in the places that their captions say."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.checkpoint import load_tensors, save_tensors
+from common.errors import UserError
+from common.sampling import Step
+from p1_ddpm import figures
+from p1_ddpm.sample import Digit
+
+NAMES = ["grid_2024_mnistm.png", "grid_2024_svhn.png", "grid_2025.png", "guidance.png", "reverse_process.gif",
+         "reverse_process.png"]  # fmt: skip
+
+
+def arguments(out, weights, *flags):
+    given = ["--out", out, "--weights", weights, "--steps", 1, "--precision", "fp32", "--device", "cpu", *flags]
+    return figures.parse_arguments([str(flag) for flag in given])
+
+
+def cells(picture: np.ndarray, rows: int, columns: int, scale: int, right: int = 0) -> np.ndarray:
+    """The images of a captioned grid, at its lower right corner: (rows, columns, 28, 28, 3)."""
+    side = 28 * scale + 2
+    bottom, end = picture.shape[0], picture.shape[1] - right
+    inner = picture[bottom - rows * side - 2 : bottom, end - columns * side - 2 : end]
+    inner = inner[2:, 2:].reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+    return inner[:, :, : 28 * scale : scale, : 28 * scale : scale]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, tiny_digit_weights, striped_digits):
+    out = tmp_path_factory.mktemp("figures")
+    paths = figures.main(arguments(out, tiny_digit_weights, "--data", striped_digits))
+    assert sorted(path.name for path in paths) == NAMES
+    assert sorted(path.name for path in out.iterdir()) == NAMES
+    return out
+
+
+@pytest.fixture(scope="module")
+def sampler(tiny_digit_weights):
+    return figures.DigitSampler(tiny_digit_weights, torch.device("cpu"), "fp32")
+
+
+def options(guidance_scale):
+    return {"sampler": "dpm-solver++", "steps": 1, "eta": 0.0, "guidance_scale": guidance_scale,
+            "guidance_interval": (0, 1000)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "domains"),
+    [
+        ("grid_2025.png", ["mnistm", "svhn"] * 5),
+        ("grid_2024_mnistm.png", ["mnistm"] * 10),
+        ("grid_2024_svhn.png", ["svhn"] * 10),
+    ],
+)
+def test_grids_have_a_digit_a_row_and_real_images_at_the_right(drawn, sampler, stripes, name, domains):
+    picture = np.asarray(Image.open(drawn / name))
+    real_column = 28 * 3 + 4
+    found = cells(picture, 10, 10, 3, right=real_column)
+    for row in (0, 7):
+        digits = [Digit(domains[row], row, number) for number in range(1, 11)]
+        expected = sampler.images(digits, 0, options(3.0)).permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(found[row], expected)
+    real = cells(picture, 10, 1, 3)[:, 0]
+    held = stripes.split()[1]
+    for digit in range(10):
+        examples = held.images[held.labels == digit].permute(0, 2, 3, 1).numpy()
+        assert any(np.array_equal(real[digit], example) for example in examples)
+
+
+def test_guidance_rows_start_from_the_same_noise(drawn, sampler):
+    found = cells(np.asarray(Image.open(drawn / "guidance.png")), 5, 10, 3)
+    digits = [Digit("svhn" if label % 2 else "mnistm", label, 1) for label in range(10)]
+    for row, scale in ((0, 1.0), (4, 5.0)):
+        expected = sampler.images(digits, 0, options(scale)).permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(found[row], expected)
+
+
+def test_the_reverse_process_ends_in_the_first_digits(drawn, sampler):
+    found = cells(np.asarray(Image.open(drawn / "reverse_process.png")), 4, 6, 4)
+    first = [Digit("mnistm", 0, 1), Digit("svhn", 1, 1)]
+    walk = options(3.0) | {"sampler": "ddim", "steps": 50}
+    expected = sampler.images(first, 0, walk).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(found[0, 5], expected[0])
+    assert np.array_equal(found[2, 5], expected[1])
+    with Image.open(drawn / "reverse_process.gif") as gif:
+        assert gif.n_frames == 51
+        gif.seek(50)
+        assert gif.info["duration"] > 1000
+        last = np.asarray(gif.convert("RGB"))
+    # GIFs have 256 colours, so the last frame is only near the images: left the 0, right the 1.
+    side = 28 * 5
+    zero = last[-side - 4 : -4, 4 : 4 + side][::5, ::5].astype(int)
+    assert np.abs(zero - expected[0]).mean() < 12
+    assert np.abs(zero - expected[1]).mean() > 24
+
+
+def test_snapshots_pair_xt_with_the_x0_predicted_from_it():
+    """Constant images: xt is 0.0 and falls by 0.01 a step; the x0 of the step from t = 9 - i is 0.5 + 0.01 i."""
+    both = torch.ones(2, 3, 28, 28)
+    steps = [Step(9 - i, both * -0.01 * (i + 1), both * (0.5 + 0.01 * i)) for i in range(10)]
+    found = cells(figures.snapshots(both * 0.0, steps).permute(1, 2, 0).numpy(), 4, 6, 4)[..., 0, 0, 0]
+
+    def level(value):
+        return int((value + 1) / 2 * 255 + 0.5)
+
+    moments = [0, 2, 4, 6, 8, 10]
+    xt = [level(-0.01 * i) for i in moments]
+    x0 = [level(0.5 + 0.01 * i) for i in moments[:-1]] + [level(-0.1)]
+    assert found.tolist() == [xt, x0, xt, x0]
+
+
+def test_without_data_the_real_column_is_left_out(tmp_path, tiny_digit_weights, drawn, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "DATA", tmp_path / "none")
+    figures.main(arguments(tmp_path / "out", tiny_digit_weights))
+    assert "no column of real images" in capsys.readouterr().out
+    without, beside = (np.asarray(Image.open(folder / "grid_2025.png")) for folder in (tmp_path / "out", drawn))
+    assert np.array_equal(cells(without, 10, 10, 3), cells(beside, 10, 10, 3, right=28 * 3 + 4))
+
+
+def test_bad_input_leaves_nothing_behind(tmp_path, tiny_digit_weights):
+    state, about = load_tensors(tiny_digit_weights)
+    flowers = tmp_path / "flowers.safetensors"
+    save_tensors(flowers, state, about | {"domains": {"flowers": 20}})
+    with pytest.raises(UserError, match="draws flowers, not the digits"):
+        figures.main(arguments(tmp_path / "out", flowers))
+    with pytest.raises(UserError, match=r"elsewhere: holds neither"):
+        figures.main(arguments(tmp_path / "out", tiny_digit_weights, "--data", tmp_path / "elsewhere"))
+    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        figures.main(arguments(tmp_path / "file", tiny_digit_weights))
