@@ -60,11 +60,13 @@ class Trainer:
         model: the network; its parameters that require gradients are trained.
         options: how to train.
         folder: where states, logs and sample grids go.
-        about: facts every checkpoint carries (`kind`, `config`, `schedule`, ...), enough to rebuild the model.
+        about: facts every checkpoint carries (`kind`, `config`, `schedule`, ...), enough to rebuild the model; a
+            resumed run must have the same.
         make_batch: (step, generator) -> tensors of the whole optimizer step on the CPU, first dimension batch_size.
         loss_fn: (model, batch) -> mean loss of the batch, a scalar.
         validate: EMA model -> validation loss; None for no validation.
         sample: EMA model -> uint8 picture (3, H, W) of samples; None for no pictures.
+        notes: how the run was made beyond its options; checkpoints carry both, and a resumed run may change them.
 
     Attributes:
         averaged: the EMA model, in eval mode.
@@ -84,8 +86,11 @@ class Trainer:
         loss_fn: Callable[[nn.Module, Batch], Tensor],
         validate: Callable[[nn.Module], Tensor] | None = None,
         sample: Callable[[nn.Module], Tensor] | None = None,
+        notes: Mapping[str, Any] | None = None,
     ):
-        self.options, self.folder, self.about = options, Path(folder), dict(about)
+        self.options, self.folder = options, Path(folder)
+        # As they read back from a checkpoint, where tuples are lists.
+        self.about, self.notes = json.loads(json.dumps([about, asdict(options) | (notes or {})]))
         self.make_batch, self.loss_fn, self.validate, self.sample = make_batch, loss_fn, validate, sample
         check_output_folder(self.folder)
         device = pick_device(options.device)
@@ -132,7 +137,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         run = {"step": self.step, "best": self.best, "scaler": scaler.state_dict() if scaler else None}
         path = self.folder / f"state_{self.step:08d}.safetensors"
-        save_tensors(path, state, self.about | run | {"training": asdict(self.options)})
+        save_tensors(path, state, self.about | run | {"training": self.notes})
         for old in self.states()[:-2]:
             old.unlink()
 
@@ -144,7 +149,7 @@ class Trainer:
         """
         tensors, about = load_tensors(path)
         for name, fact in self.about.items():
-            if about.get(name) != json.loads(json.dumps(fact)):
+            if about.get(name) != fact:
                 raise UserError(f"{path}: its {name} is not this run's; choose another --out, or remove its states")
         self.step, self.best = about["step"], about["best"]
         if self.step > self.options.steps:
@@ -168,7 +173,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(about["scaler"])
         changes = [
             f"{name} {before} -> {now}"
-            for name, now in asdict(self.options).items()
+            for name, now in self.notes.items()
             if (before := about["training"].get(name)) != now
         ]
         self.accelerator.print(f"resuming {path}", *(["with", ", ".join(changes)] if changes else []), flush=True)
@@ -279,7 +284,7 @@ class Trainer:
         self.log(validation_loss=loss)
         if loss < self.best:
             self.best = loss
-            about = self.about | {"step": self.step, "training": asdict(self.options), "validation_loss": loss}
+            about = self.about | {"step": self.step, "training": self.notes, "validation_loss": loss}
             save_tensors(self.folder / "best.safetensors", self.averaged.state_dict(), about)
 
     def draw_samples(self) -> None:

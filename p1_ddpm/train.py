@@ -226,13 +226,15 @@ def main(args) -> Path:
         "domains": domains,
         "image_size": args.image_size,
     }
+    notes = {"augment": augment} | {name: getattr(args, name) for name in ("layout", "label_drop", "min_snr_gamma")}
     torch.manual_seed(options.seed)
-    trainer = Trainer(ContextUNet(config), options, args.out, about, batches, loss_fn, validate, sample)
+    trainer = Trainer(ContextUNet(config), options, args.out, about, batches, loss_fn, validate, sample, notes)
     averaged = trainer.run()
     path = args.out / "model.safetensors"
     if trainer.accelerator.is_main_process:
-        facts = {"step": trainer.step, "training": asdict(options), "validation_loss": trainer.validation_loss()}
+        facts = {"step": trainer.step, "training": trainer.notes, "validation_loss": trainer.validation_loss()}
         save_tensors(path, half(averaged.state_dict()), about | facts)
+    trainer.accelerator.end_training()
     return path
 
 

@@ -78,6 +78,8 @@ def test_the_finished_file_rebuilds_the_averaged_model_alone(finished):
     assert about["domains"] == DOMAINS
     assert about["image_size"] == 8
     assert about["training"]["lr"] == 5e-3
+    assert about["training"]["label_drop"] == 0.15
+    assert about["training"]["augment"] == ["svhn"]
     assert about["validation_loss"] == pytest.approx(metrics(finished)[-1]["validation_loss"])
     assert NoiseSchedule(**about["schedule"]).name == "cosine"
     model = ContextUNet(ContextUNetConfig(**about["config"]))
