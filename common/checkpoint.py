@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -19,35 +21,35 @@ from common.errors import UserError
 
 EMA_PREFIX = "ema."
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+UNFINISHED = ".unfinished-"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it, so that `path` is always whole.
+    """Let `write` fill a file of the same name in a temporary folder, then move it to `path`, which is always whole.
 
     Raises:
         UserError: the folder cannot be written or the disk is full; an earlier file at `path` is untouched.
     """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors makes its files private
-        temporary.replace(path)
+        # A folder, because safetensors makes temporary files of its own beside the one that it is given.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as stage:
+            temporary = Path(stage) / path.name
+            write(temporary)
+            with open(temporary, "rb+") as written:
+                os.fsync(written.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # safetensors makes its files private
+            temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder."""
-    for path in folder.glob(".[0-9]*.*"):
-        path.unlink(missing_ok=True)
+    """Remove what processes that were killed while writing left in a folder."""
+    for stage in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:

@@ -83,6 +83,7 @@ def test_interrupted_writing_leaves_the_earlier_file_whole(tmp_path):
     path.write_text("whole")
 
     def write(temporary):
+        assert temporary.name == path.name
         temporary.write_text("ha")
         raise KeyboardInterrupt
 
@@ -100,9 +101,10 @@ def test_unwritable_places_are_named(tmp_path, tensors):
 
 
 def test_only_leftovers_of_killed_processes_are_removed(tmp_path):
-    left = tmp_path / ".4711.state_00000010.safetensors"
+    (tmp_path / ".unfinished-abc").mkdir()
+    (tmp_path / ".unfinished-abc" / "state_00000010.safetensors").touch()
     kept = [tmp_path / "state_00000010.safetensors", tmp_path / ".hidden"]
-    for path in (left, *kept):
+    for path in kept:
         path.touch()
     remove_unfinished(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
