@@ -27,10 +27,11 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            # Not on a CPU, where it changes nothing and torch 2.9 calls these names old on stderr.
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu") from None
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
     return device
 
 

@@ -118,7 +118,9 @@ def test_two_processes_draw_what_one_draws(tmp_path, weights):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=240,
     )
-    assert run.stdout.splitlines() == [f"30 images in {tmp_path / 'two'}, drawn by 2 processes"]
+    # Some versions of torch report gloo's connections on stdout.
+    told = [line for line in run.stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert told == [f"30 images in {tmp_path / 'two'}, drawn by 2 processes"]
     files = sorted((tmp_path / "two").rglob("*.png"))
     assert len(files) == len(alone) == 30
     for path in files:
