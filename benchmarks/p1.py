@@ -28,13 +28,14 @@ from benchmarks.peers import PlainContextUNet, plain_steps
 from common.data import LabelledImages
 from common.errors import Parser, run
 from common.images import to_uint8
+from common.losses import diffusion_loss
 from common.runtime import autocast, seeded_generator
 from common.sampling import ImageNoise
 from common.schedule import NoiseSchedule
 from p1_ddpm.digits import DOMAINS
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
 from p1_ddpm.sample import DigitSampler, add_sampling_arguments, make_sampler, sampling_options, wanted_digits
-from p1_ddpm.train import DigitBatches, diffusion_loss
+from p1_ddpm.train import DigitBatches
 
 PUBLISHED_STEPS = 1000
 DIFFUSERS = {

@@ -28,6 +28,7 @@ from common.data import (
 )
 from common.errors import Parser, UserError, run
 from common.images import grid, to_uint8
+from common.losses import diffusion_loss
 from common.runtime import seeded_generator
 from common.sampling import ImageNoise, draw, guided
 from common.schedule import PREDICTIONS, SCHEDULES, NoiseSchedule
@@ -87,17 +88,6 @@ class DigitBatches:
             "t": stratified_timesteps(len(labels), self.schedule.T, generator),
             "eps": torch.randn(x0.shape, generator=generator),
         }
-
-
-def diffusion_loss(model: nn.Module, batch: Batch, schedule: NoiseSchedule, prediction: str, gamma: float) -> Tensor:
-    """Squared error of the prediction, weighted by min-SNR (Hang et al. 2023); `gamma` 0 leaves it unweighted."""
-    xt = schedule.add_noise(batch["x0"], batch["eps"], batch["t"])
-    target = schedule.target(batch["x0"], batch["eps"], batch["t"], prediction)
-    output = model(xt, batch["t"], batch["labels"]).float()
-    error = (output - target).square().mean(dim=(1, 2, 3))
-    if gamma:
-        error = error * schedule.min_snr_weight(batch["t"], prediction, gamma)
-    return error.mean()
 
 
 def sample_grid(

@@ -7,10 +7,10 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
+from common.losses import diffusion_loss
 from common.sampling import draw, guided
 from common.schedule import PREDICTIONS, NoiseSchedule
 from p1_ddpm.model import ContextUNet, ContextUNetConfig, timestep_embedding
-from p1_ddpm.train import diffusion_loss
 
 SMALL = ContextUNetConfig(widths=(16, 32), blocks=(1, 2), embedding=24)
 
