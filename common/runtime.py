@@ -59,7 +59,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def seeded_generator(*key: int) -> torch.Generator:
     """A CPU generator that depends only on the key, such as (seed, image) or (seed, step).
 
-    NumPy's SeedSequence mixes the key, so neighbouring keys give unrelated streams.
+    NumPy's SeedSequence mixes the key, so neighbouring keys give unrelated streams; zeros at a key's end do not count.
 
     Raises:
         UserError: a key is negative.

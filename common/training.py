@@ -196,6 +196,7 @@ class Trainer:
     def take_step(self) -> tuple[float, float]:
         """One optimizer step; returns its loss (mean over all processes) and gradient norm."""
         options, accelerator = self.options, self.accelerator
+        # A key's second number keeps streams apart: 1 batches, 2 data order, 3 validation, 4 dropout.
         batch = self.make_batch(self.step, seeded_generator(options.seed, 1, self.step))
         dropout = seeded_generator(options.seed, 4, self.step, accelerator.process_index)
         torch.manual_seed(dropout.initial_seed())
