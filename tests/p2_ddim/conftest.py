@@ -1,0 +1,94 @@
+"""Small face networks of both kinds, noises for them, and a folder of faces."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from common.checkpoint import save_tensors
+from common.schedule import NoiseSchedule
+from p2_ddim import sample
+from p2_ddim.model import FaceUNet, FaceUNetConfig
+
+# Small enough for fifty steps, with all that the course's network has: several levels, attention, wider skips.
+NARROW = FaceUNetConfig(
+    widths=(16, 32), blocks=2, attention=(False, True), middle_attention=(True, False), embedding=32
+)
+FOLDED = FaceUNetConfig(patch_size=2, widths=(8, 16), blocks=1, attention=(False, True), embedding=16)
+
+
+def randomised(model: FaceUNet) -> FaceUNet:
+    """The model with its zeroed layers drawn anew: as it is created, it puts out zeros."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and not module.weight.any():
+            module.reset_parameters()
+    return model.eval()
+
+
+def make_model(config: FaceUNetConfig) -> FaceUNet:
+    torch.manual_seed(0)
+    return randomised(FaceUNet(config))
+
+
+@pytest.fixture(scope="session")
+def course_model() -> FaceUNet:
+    """The course's network."""
+    return make_model(FaceUNetConfig())
+
+
+@pytest.fixture(scope="session")
+def narrow_model() -> FaceUNet:
+    return make_model(NARROW)
+
+
+@pytest.fixture(scope="session")
+def face_weights(tmp_path_factory):
+    """A checkpoint of a small network that predicts v for 16x16 images."""
+    about = {
+        "kind": "FaceUNet",
+        "config": asdict(FOLDED),
+        "schedule": asdict(NoiseSchedule("cosine")),
+        "prediction": "v",
+        "image_size": 16,
+    }
+    path = tmp_path_factory.mktemp("weights") / "faces.safetensors"
+    save_tensors(path, make_model(FOLDED).state_dict(), about)
+    return path
+
+
+@pytest.fixture
+def noise_folder(tmp_path):
+    """Noises 00..03 as the course saves them, 16x16."""
+    folder = tmp_path / "noise"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(3)
+    for k in range(4):
+        torch.save(torch.randn(1, 3, 16, 16, generator=generator), folder / f"{k:02d}.pt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def face_folder(tmp_path_factory):
+    """Thirty 16x16 pictures, each of one grey that tells which it is, dark on the left and bright on the right."""
+    folder = tmp_path_factory.mktemp("faces")
+    for k in range(30):
+        pixels = np.full((16, 16, 3), 4 * k + 20, dtype=np.uint8)
+        pixels[:, 8:] += 100
+        Image.fromarray(pixels).save(folder / f"{k:05d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def draw_faces():
+    """A function that runs sample.py for three steps and returns the pixels of the images it wrote, by file name."""
+
+    def draw(noise, out, weights, *flags) -> dict[str, np.ndarray]:
+        files = sample.main(sample.parse_arguments([str(noise), str(out), str(weights), "--steps", "3", *flags]))
+        assert sorted(path.name for path in Path(out).iterdir()) == sorted(path.name for path in files)
+        return {path.name: np.asarray(Image.open(path)) for path in files}
+
+    return draw

@@ -1,0 +1,166 @@
+"""Slerp against its closed form; strips, lengths and the walk."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import UserError, run
+from p2_ddim import figures, interpolate
+from p2_ddim.interpolate import STRIP, between, lerp, slerp
+from p2_ddim.noise import Noise
+
+ALPHAS = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+def gaussian(seed, dtype=torch.float32):
+    return torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_slerp_turns_at_constant_speed():
+    """In the plane the answer is known: the unit vector at the angle alpha theta."""
+    for theta in (1e-9, 1e-3, 1.0, 3.0, math.pi - 1e-3):
+        a, b = (torch.tensor([math.cos(x), math.sin(x)], dtype=torch.float64) for x in (0, theta))
+        for alpha in ALPHAS:
+            expected = torch.tensor([math.cos(alpha * theta), math.sin(alpha * theta)], dtype=torch.float64)
+            assert (slerp(a, b, alpha) - expected).abs().max() < 1e-12
+
+
+def test_slerp_is_the_papers_formula_over_all_values_together():
+    a, b = gaussian(1).numpy().astype(np.float64), gaussian(2).numpy().astype(np.float64)
+    theta = np.arccos((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
+    for alpha in ALPHAS:
+        expected = (np.sin((1 - alpha) * theta) * a + np.sin(alpha * theta) * b) / np.sin(theta)
+        ours = slerp(torch.from_numpy(a), torch.from_numpy(b), alpha)
+        assert np.abs(ours.numpy() - expected).max() < 1e-12
+
+
+@pytest.mark.parametrize("method", [slerp, lerp])
+@pytest.mark.parametrize(
+    "other", ["gaussian", "same", "parallel", "opposite", "opposite and longer", "nearly opposite"]
+)
+def test_ends_are_exact_and_the_way_is_finite(method, other):
+    a = gaussian(1)
+    ends = {
+        "gaussian": gaussian(2),
+        "same": a.clone(),
+        "parallel": 2 * a,
+        "opposite": -a,
+        "opposite and longer": -3 * a,
+        "nearly opposite": -a + 1e-7 * gaussian(2),
+    }
+    b = ends[other]
+    assert torch.equal(method(a, b, 0.0), a)
+    assert torch.equal(method(a, b, 1.0), b)
+    way = torch.stack([method(a, b, k / 50) for k in range(51)])
+    assert way.dtype == torch.float32
+    assert way.isfinite().all()
+    lengths = way.flatten(1).norm(dim=1)
+    if method is slerp:  # never far inside the sphere, and without jumps
+        assert lengths.min() > 0.95 * min(a.norm(), b.norm())
+        assert (way[1:] - way[:-1]).flatten(1).norm(dim=1).max() < 0.1 * max(a.norm(), b.norm())
+
+
+def test_between_opposite_noises_the_length_is_kept():
+    a = gaussian(1)
+    for alpha in ALPHAS:
+        assert abs(slerp(a, -a, alpha).norm() / a.norm() - 1) < 1e-5
+
+
+@pytest.mark.parametrize("method", [slerp, lerp])
+def test_noise_of_zeros(method):
+    a, zeros = gaussian(1), torch.zeros(3, 8, 8)
+    assert torch.equal(method(a, zeros, 0.5), 0.5 * a)
+    assert torch.equal(method(zeros, zeros, 0.5), zeros)
+
+
+def test_lerp_is_a_line():
+    a, b = gaussian(1), gaussian(2)
+    assert torch.equal(lerp(a, b, 0.25), 0.75 * a + 0.25 * b)
+
+
+def test_lerp_leaves_the_shell_and_slerp_stays_on_it():
+    a, b = (torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    shell = math.sqrt(a.numel())
+    assert abs(slerp(a, b, 0.5).norm() / shell - 1) < 0.02
+    assert abs(lerp(a, b, 0.5).norm() / shell - math.sqrt(0.5)) < 0.02
+
+
+def test_the_strip_has_eleven_points():
+    assert pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]) == list(STRIP)
+    path = between(Noise("00", gaussian(1)), Noise("01", gaussian(2)), "slerp")
+    assert len({noise.name for noise in path}) == 11
+
+
+def test_noises_of_two_sizes_have_no_way_between():
+    with pytest.raises(UserError, match="00 and 01"):
+        between(Noise("00", torch.zeros(3, 8, 8)), Noise("01", torch.zeros(3, 8, 16)), "lerp")
+
+
+def flags(noise, out, weights, *rest):
+    return [str(noise), str(out), str(weights), "--steps", "2", *rest]
+
+
+def test_strips_and_lengths(noise_folder, tmp_path, face_weights):
+    args = interpolate.parse_arguments(flags(noise_folder, tmp_path / "out", face_weights, "--between", "02", "00"))
+    files = interpolate.main(args)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "lengths.png",
+        "strip_lerp.png",
+        "strip_slerp.png",
+    ]
+    assert sorted(files) == sorted((tmp_path / "out").iterdir())
+    slerp_strip, lerp_strip = (np.asarray(Image.open(tmp_path / "out" / f"strip_{m}.png")) for m in ("slerp", "lerp"))
+    assert slerp_strip.shape == lerp_strip.shape
+    assert slerp_strip.shape[1] > 11 * 128
+    # Both strips start and end with the same faces, and differ between.
+    same = (slerp_strip == lerp_strip)[60:].all(axis=(0, 2))
+    assert same[:128].all()
+    assert same[-128:].all()
+    assert not same.all()
+
+
+def test_walk_returns_to_where_it_began(noise_folder, tmp_path, face_weights):
+    args = flags(noise_folder, tmp_path / "out", face_weights, "--walk", "--frames", "3")
+    (path,) = interpolate.main(interpolate.parse_arguments(args))
+    with Image.open(path) as gif:
+        assert (gif.n_frames, gif.size, gif.info["loop"]) == (4 * 3, (128, 128), 0)
+
+
+def test_figures(noise_folder, tmp_path, face_weights):
+    args = flags(noise_folder, tmp_path / "out", face_weights, "--faces", "12", "--frames", "1")
+    files = figures.main(figures.parse_arguments(args))
+    names = ["eta.png", "faces.png", "lengths.png", "strip_lerp.png", "strip_slerp.png", "walk.gif"]
+    assert [path.name for path in files] == names
+    assert all(path.is_file() for path in files)
+    eta = np.asarray(Image.open(tmp_path / "out" / "eta.png"))
+    assert eta.shape[0] > 5 * 128
+    assert eta.shape[1] > 4 * 128
+    faces = np.asarray(Image.open(tmp_path / "out" / "faces.png"))
+    assert faces.shape == (2 * 18 + 2, 10 * 18 + 2, 3)
+
+
+def test_some_figures(noise_folder, tmp_path, face_weights):
+    args = flags(noise_folder, tmp_path / "out", face_weights, "--only", "faces", "--faces", "1")
+    assert [path.name for path in figures.main(figures.parse_arguments(args))] == ["faces.png"]
+
+
+@pytest.mark.parametrize(
+    ("program", "rest", "word"),
+    [
+        (interpolate, ["--between", "00", "77"], "noise 77"),
+        (interpolate, ["--frames", "0"], "--frames 0"),
+        (figures, ["--faces", "0"], "--faces 0"),
+        (figures, ["--eta", "-1"], "--eta -1"),
+    ],
+)
+def test_a_mistake_gives_one_line_and_writes_nothing(program, rest, word, noise_folder, tmp_path, face_weights, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(program.main, program.parse_arguments(flags(noise_folder, tmp_path / "out", face_weights, *rest)))
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert word in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
