@@ -112,12 +112,12 @@ def test_held_out_images_are_validated_on_and_never_trained_on(arguments, monkey
 
 
 def test_training_lowers_the_loss(arguments, tmp_path):
-    often = ["--validate-every", "5", "--save-every", "25", "--sample-every", "25"]
-    train.main(arguments("--steps", "25", "--lr", "1e-2", "--warmup", "1", "--ema", "0.5", *often))
+    often = ["--validate-every", "5", "--save-every", "40", "--sample-every", "40"]
+    train.main(arguments("--steps", "40", "--lr", "1e-2", "--warmup", "1", "--ema", "0.5", *often))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
-    assert len(losses) == 5
-    assert losses[-1] < 0.8 * losses[0]
+    assert len(losses) == 8
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize(
