@@ -32,6 +32,8 @@ def nearest_training(
     """Look for each drawn image among the training images, by pixels and by the judge's features.
 
     Held-out images are the yardstick: a model that copies draws images that lie nearer to training images than those.
+    It is a generous one for SVHN, whose neighbouring digits were cut from one photograph: a held-out digit often has
+    trained-on ones beside it.
 
     Args:
         drawn: images to judge.
