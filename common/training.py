@@ -240,6 +240,8 @@ class Trainer:
             UserError: the loss or the gradient is not finite, or the disk is full; the states written so far stay.
         """
         main, options = self.accelerator.is_main_process, self.options
+        if (processes := self.accelerator.num_processes) > 1:
+            self.accelerator.print(f"{processes} processes, {self.part} images each at a time", flush=True)
         if main:
             remove_unfinished(self.folder)
             self.forget_later_metrics()

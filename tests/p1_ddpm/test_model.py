@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
 from common.losses import diffusion_loss
 from common.sampling import draw, guided
 from common.schedule import PREDICTIONS, NoiseSchedule
-from p1_ddpm.model import ContextUNet, ContextUNetConfig, timestep_embedding
+from p1_ddpm.model import ContextUNet, ContextUNetConfig, ResidualBlock, timestep_embedding
 
 SMALL = ContextUNetConfig(widths=(16, 32), blocks=(1, 2), embedding=24)
 
@@ -97,6 +98,17 @@ def test_context_acts_inside_every_residual_block():
             if "modulation" in name:
                 parameter.zero_()
         assert torch.equal(model(xt, t, labels), model(xt, t + 77, labels + 5))
+
+
+def test_the_embedding_scales_and_shifts_normalised_features():
+    """A scale of -1 (on top of 1) and a shift of 0.7 leave 0.7 everywhere, whatever the image."""
+    block = ResidualBlock(8, 8, embedding=5, dropout=0.0)
+    nn.init.normal_(block.conv2.weight)
+    with torch.no_grad():
+        block.modulation.bias.copy_(torch.cat([torch.full((8,), -1.0), torch.full((8,), 0.7)]))
+    x = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+    expected = x + block.conv2(F.silu(torch.full_like(x, 0.7)))
+    assert (block(x, torch.ones(2, 5)) - expected).abs().max() < 1e-5
 
 
 def test_images_of_a_batch_do_not_mix():
