@@ -7,16 +7,17 @@ Running the same command again resumes where the run stopped.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import half, save_tensors
+from common.checkpoint import half, load_model_file, load_strictly, save_tensors
 from common.data import (
     HELD_OUT_EVERY,
     LabelledImages,
@@ -107,6 +108,7 @@ def sample_grid(
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="train.py", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "p1", help="folder of the run")
+    parser.add_argument("--init", type=Path, help="weights to start from; a resumed run has its own")
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data", type=Path, default=ROOT / "hw2_data" / "digits", help="folder with mnistm/ and/or svhn/"
@@ -174,6 +176,19 @@ def model_config(args) -> ContextUNetConfig:
     return config
 
 
+def start_from(model: ContextUNet, weights: Path, about: Mapping[str, Any]) -> None:
+    """Load weights to go on from.
+
+    Raises:
+        UserError: they do not fit, or were trained for another schedule or prediction than `about` says.
+    """
+    state, theirs = load_model_file(weights, "ContextUNet")
+    for name in ("schedule", "prediction"):
+        if theirs[name] != about[name]:
+            raise UserError(f"--init {weights}: its {name} is {theirs[name]}, not {about[name]}; change the flags")
+    load_strictly(model, state, str(weights))
+
+
 def main(args) -> Path:
     """Train; returns the path of the finished weights (fp16, averaged), `OUT/model.safetensors`.
 
@@ -217,8 +232,12 @@ def main(args) -> Path:
         "image_size": args.image_size,
     }
     notes = {"augment": augment} | {name: getattr(args, name) for name in ("layout", "label_drop", "min_snr_gamma")}
+    notes["init"] = str(args.init) if args.init else None
     torch.manual_seed(options.seed)
-    trainer = Trainer(ContextUNet(config), options, args.out, about, batches, loss_fn, validate, sample, notes)
+    model = ContextUNet(config)
+    if args.init:
+        start_from(model, args.init, about)
+    trainer = Trainer(model, options, args.out, about, batches, loss_fn, validate, sample, notes)
     averaged = trainer.run()
     path = args.out / "model.safetensors"
     if trainer.accelerator.is_main_process:
