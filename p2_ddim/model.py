@@ -151,9 +151,10 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        in_place = not torch.is_grad_enabled()  # saves time and memory, but backward needs both tensors
+        h = self.conv1(F.silu(self.norm1(x), in_place))
         h = h + self.time(embedding)[:, :, None, None]
-        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h), in_place)))
 
 
 class Attention(nn.Module):

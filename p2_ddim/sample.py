@@ -8,7 +8,7 @@ python sample.py NOISE OUT --eta 1 --steps 100 --timestep-spacing trailing
 import sys
 import zlib
 from argparse import ArgumentTypeError, BooleanOptionalAction
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -32,7 +32,8 @@ HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "weights" / "faces.safetensors"
 EXAMPLES = HERE / "examples"
 OUTPUT = HERE.parent / "outputs" / "p2"
-CPU_MEMORY = 5 * 2**30
+# A processor gains nothing from more at once, and larger tensors cost it page faults.
+CPU_MEMORY = 2**28
 
 
 @dataclass(frozen=True)
@@ -96,21 +97,25 @@ def images_that_fit(config: FaceUNetConfig, height: int, width: int, number_byte
 
 
 class FaceSampler:
-    """Draws faces from noises; what the weights file says decides the network, the schedule and the prediction.
+    """Draws faces from noises.
 
     Args:
-        weights: a checkpoint of ours, or a state dict of the course's network.
+        model: the network, called as model(xt, t); its weights are converted in place.
+        about: what the weights file says of it: the schedule, the prediction and the image size.
         device: where to compute.
         precision: "fp32", "bf16" or "fp16" for the network; the images themselves stay fp32.
         compile: torch.compile the network, on a GPU with CUDA graphs.
-
-    Raises:
-        UserError: the weights are missing, truncated, carry code, or do not fit.
     """
 
-    def __init__(self, weights: Path, device: torch.device, precision: str = "fp32", compile: bool = False):
-        self.model, self.about = load_face_unet(weights)
-        self.schedule = NoiseSchedule(**self.about["schedule"])
+    def __init__(
+        self,
+        model: nn.Module,
+        about: Mapping[str, Any],
+        device: torch.device,
+        precision: str = "fp32",
+        compile: bool = False,
+    ):
+        self.model, self.about, self.schedule = model, about, NoiseSchedule(**about["schedule"])
         self.device, self.precision = device, precision
         self.model.to(device, memory_format=torch.channels_last)
         if precision != "fp32":
@@ -244,9 +249,13 @@ def ddim_options(args) -> DDIMOptions:
 
 
 def sampler_from(args) -> FaceSampler:
-    """The sampler that the arguments describe."""
+    """The sampler that the arguments describe.
+
+    Raises:
+        UserError: the weights are missing, truncated, carry code or do not fit, or there is no such device.
+    """
     precision = "fp32" if args.precision == "auto" else args.precision
-    return FaceSampler(args.weights, pick_device(args.device), precision, args.compile)
+    return FaceSampler(*load_face_unet(args.weights), pick_device(args.device), precision, args.compile)
 
 
 def noises_for(sampler: FaceSampler, source: Path) -> list[Noise]:
