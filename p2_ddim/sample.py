@@ -117,23 +117,27 @@ class FaceSampler:
     ):
         self.model, self.about, self.schedule = model, about, NoiseSchedule(**about["schedule"])
         self.device, self.precision = device, precision
-        self.model.to(device, memory_format=torch.channels_last)
+        # channels_last is what processors and tensor cores want; a GPU's fp32 kernels want the usual layout.
+        usual = device.type == "cuda" and precision == "fp32"
+        self.layout = torch.contiguous_format if usual else torch.channels_last
+        self.model.to(device, memory_format=self.layout)
         if precision != "fp32":
             # Autocast would convert the weights in every step. Sinusoids and norms stay fp32.
             for module in self.model.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
                     module.to(torch.bfloat16 if precision == "bf16" else torch.float16)
-        graphs = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
-        self.network = torch.compile(self.model, dynamic=False, **graphs) if compile else self.model
+        self.cuda_graphs = compile and device.type == "cuda"
+        mode = "reduce-overhead" if self.cuda_graphs else "default"
+        self.network = torch.compile(self.model, dynamic=False, mode=mode) if compile else self.model
 
     @torch.no_grad()
     def denoise(self, xt: Tensor, t: int) -> Tensor:
         """The network's output at one timestep."""
-        if self.device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # the output of the step before may be overwritten
         timesteps = torch.full((len(xt),), t, device=xt.device)
         with autocast(self.device, self.precision):
-            return self.network(xt.contiguous(memory_format=torch.channels_last), timesteps)
+            return self.network(xt.contiguous(memory_format=self.layout), timesteps)
 
     def steps(self, noises: Sequence[Noise], options: DDIMOptions) -> dict[str, Any]:
         """The arguments of `reverse_process` for noises of one size.

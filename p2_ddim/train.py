@@ -95,7 +95,7 @@ def parse_arguments(argv: list[str] | None = None):
     model.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="noise schedule")
     model.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what the network predicts")
     model.add_argument("--min-snr-gamma", type=float, default=5.0, help="loss weighting; 0 for none")
-    add_training_arguments(parser, steps=60_000, batch_size=64, lr=4e-4, decay_fraction=0.3, ema=0.9995)
+    add_training_arguments(parser, steps=30_000, batch_size=64, lr=4e-4, decay_fraction=0.3, ema=0.9995)
     return parser.parse_args(argv)
 
 
