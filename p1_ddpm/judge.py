@@ -23,7 +23,7 @@ from common.training_options import TrainingOptions
 IMAGE_SIZE = 28
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 # How often a judge sees each image of its domain; SVHN's are few.
-EPOCHS = {"mnistm": 5, "svhn": 40}
+EPOCHS = {"mnistm": 3, "svhn": 40}
 
 
 @dataclass(frozen=True)
