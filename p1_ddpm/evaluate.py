@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.checkpoint import load_tensors
+from common.checkpoint import load_tensors, save_tensors
 from common.data import LabelledImages, read_image
 from common.errors import Parser, UserError, run
 from common.images import check_output_folder, save_png
@@ -188,6 +188,19 @@ def report(results: Sequence[Mapping[str, Any]]) -> None:
         print(f"with the course's classifier for mnistm: {percent(sum(means) / len(means))}")
 
 
+def record(weights: Path, layout: str, seeds: Sequence[int], options: Mapping[str, Any], results: Sequence) -> None:
+    """Keep the mean figures of these seeds, and how they were drawn, among the facts in the weights file."""
+    tensors, about = load_tensors(weights)
+    names = ("accuracy", "frechet", "precision", "recall")
+    means = {
+        domain: {n: sum(r[domain][n] for r in results) / len(results) for n in names if n in results[0][domain]}
+        for domain in DOMAINS
+    }
+    figures = means | {"score": sum(r["score"] for r in results) / len(results), "seeds": list(seeds)} | dict(options)
+    about["figures"] = about.get("figures", {}) | {layout: figures}
+    save_tensors(weights, tensors, about)
+
+
 def show_nearest(path: Path, sets: Sets, judges: Mapping[str, LoadedJudge], real: Mapping[str, tuple]) -> None:
     """Write a figure of drawn images above their nearest training images, and print how near they lie."""
     pictures = []
@@ -224,6 +237,7 @@ def parse_arguments(argv: list[str] | None = None):
     parser.add_argument("--judges", type=Path, default=WEIGHTS, help="folder of the judges' weights")
     parser.add_argument("--json", type=Path, help="append all figures to this file, a line a row")
     parser.add_argument("--nearest", type=Path, metavar="PNG", help="draw a figure of nearest training images")
+    parser.add_argument("--record", action="store_true", help="write the means into the weights file, as its figures")
     parser.add_argument("--train-judge", action="store_true", help="train the judges on real images, then stop")
     add_sampling_arguments(parser)
     return parser.parse_args(argv)
@@ -247,6 +261,8 @@ def main(args) -> list[dict[str, Any]] | list[Path]:
         return train_judges(args)
     if args.out and args.seeds:
         raise UserError(f"--seeds: {args.out} is already drawn; leave out one of the two")
+    if args.out and args.record:
+        raise UserError(f"--record: nobody knows which weights drew {args.out}; name --seeds instead")
     if args.count < 1 or args.batch_size < 1:
         raise UserError(f"--count {args.count} --batch-size {args.batch_size}: both start at 1")
     for file in filter(None, (args.json, args.nearest)):
@@ -271,6 +287,8 @@ def main(args) -> list[dict[str, Any]] | list[Path]:
         raise UserError("--nearest: needs the real images; name their folder with --data")
     results = [{"source": source} | facts | score(sets, judges, classifier, real) for source, sets in drawn.items()]
     report(results)
+    if args.record:
+        record(args.weights, args.layout, args.seeds or [args.seed], options, results)
     if args.nearest:
         show_nearest(args.nearest, next(iter(drawn.values())), judges, real)
     if args.json:

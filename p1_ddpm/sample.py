@@ -160,7 +160,7 @@ def add_sampling_arguments(parser: Parser) -> None:
     """Flags shared by every script that draws digits."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--weights", type=Path, default=WEIGHTS, help="finished model or training state")
-    group.add_argument("--guidance-scale", type=float, default=3.0, help="1 = off")
+    group.add_argument("--guidance-scale", type=float, default=6.0, help="1 = off")
     group.add_argument("--guidance-interval", type=float, nargs=2, default=(0, 1000), metavar=("LOW", "HIGH"),
                        help="timesteps between which guidance is on")  # fmt: skip
     group.add_argument("--sampler", choices=METHODS, default="dpm-solver++", help="reverse process")

@@ -122,6 +122,8 @@ def test_other_bad_input(graded, judges, tmp_path, monkeypatch):
         judge_folder(graded, judges, "--data", tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"--seeds: .* is already drawn"):
         judge_folder(graded, judges, "--seeds", 1)
+    with pytest.raises(UserError, match="--record: nobody knows which weights"):
+        judge_folder(graded, judges, "--record")
     with pytest.raises(UserError, match="--count 0"):
         judge_folder(graded, judges, "--count", 0)
     with pytest.raises(UserError, match=r"Classifier.pth: no such file"):
@@ -198,6 +200,7 @@ def test_seeds_are_judged_as_the_folders_that_sample_would_write(
     tmp_path, judges, tiny_digit_weights, striped_digits, capsys
 ):
     flags = ["--weights", tiny_digit_weights, "--steps", 2, "--count", 3, "--layout", "2024", "--precision", "fp32"]
+    flags += ["--guidance-scale", 3]
     common = ["--judges", judges, "--data", striped_digits]
     arguments = ["--seeds", 4, 5, *flags, *common, "--json", tmp_path / "rows.jsonl"]
     results = evaluate.main(evaluate.parse_arguments([str(argument) for argument in arguments]))
@@ -269,3 +272,18 @@ def test_train_judge_writes_both_judges(tmp_path, striped_digits, graded, monkey
     monkeypatch.setattr(evaluate, "DATA", tmp_path / "none")
     (result,) = judge_folder(graded, tmp_path / "new")
     assert result["mnistm"]["judge_held_out_accuracy"] == about["held_out_accuracy"]
+
+
+def test_record_keeps_the_means_in_the_weights(tmp_path, judges, tiny_digit_weights, no_data):
+    weights = tmp_path / "tiny.safetensors"
+    weights.write_bytes(tiny_digit_weights.read_bytes())
+    flags = ["--weights", weights, "--steps", 1, "--count", 1, "--judges", judges, "--record", "--seeds", 4, 5]
+    rows = evaluate.main(evaluate.parse_arguments([str(flag) for flag in flags]))
+    (before, about), (after, recorded) = load_tensors(tiny_digit_weights), load_tensors(weights)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    figures = recorded.pop("figures")["2025"]
+    assert recorded == about
+    assert figures["seeds"] == [4, 5]
+    assert figures["score"] == pytest.approx((rows[0]["score"] + rows[1]["score"]) / 2)
+    mean = (rows[0]["svhn"]["accuracy"] + rows[1]["svhn"]["accuracy"]) / 2
+    assert figures["svhn"] == {"accuracy": pytest.approx(mean)}
