@@ -108,6 +108,17 @@ def precision_recall(real: Tensor, drawn: Tensor, k: int = 3) -> PrecisionRecall
     return PrecisionRecall(precision.item(), recall.item())
 
 
+def all_distances(real: Tensor, drawn: Tensor, k: int = 3) -> dict[str, float]:
+    """Everything above for drawn (M, D) against real (N, D) features: frechet, kernel, precision and recall."""
+    precision, recall = precision_recall(real, drawn, k)
+    return {
+        "frechet": frechet_distance(drawn, real),
+        "kernel": kernel_distance(drawn, real),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
 def nearest(queries: Tensor, references: Tensor, chunk: int = 500) -> tuple[Tensor, Tensor]:
     """The nearest reference of every query, by Euclidean distance.
 

@@ -17,13 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from common.checkpoint import load_tensors, save_tensors
 from common.data import LabelledImages, read_image
 from common.errors import Parser, UserError, run
 from common.images import check_output_folder, save_png
-from common.metrics import frechet_distance, kernel_distance, precision_recall
+from common.metrics import all_distances
 from common.runtime import seeded_generator
 from p1_ddpm.digits import DOMAINS, LAYOUTS, read_digits
 from p1_ddpm.judge import (
@@ -116,16 +115,8 @@ def compare(judge: LoadedJudge, drawn: LabelledImages, train: LabelledImages, he
         return {}
     drawn, train, held = (in_batches(judge.model.features, part.images) for part in parts)
 
-    def distances(features: Tensor) -> dict[str, float]:
-        precision, recall = precision_recall(held, features, NEIGHBOURS)
-        return {
-            "frechet": frechet_distance(features, held),
-            "kernel": kernel_distance(features, held),
-            "precision": precision,
-            "recall": recall,
-        }
-
-    return distances(drawn) | {"compared": len(held), "yardstick": distances(train)}
+    yardstick = all_distances(held, train, NEIGHBOURS)
+    return all_distances(held, drawn, NEIGHBOURS) | {"compared": len(held), "yardstick": yardstick}
 
 
 def score(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.checkpoint import half, load_model_file, load_strictly, save_tensors
+from common.checkpoint import half, load_model_file, load_pt, load_strictly, save_tensors
 from common.data import LabelledImages, jitter, shuffled_indices, to_unit_range
 from common.errors import UserError
 from common.training_options import TrainingOptions
@@ -142,13 +142,7 @@ def load_classifier(path: Path) -> LeNet:
     Raises:
         UserError: no such file, not that kind of file, or the weights do not fit.
     """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; name the course's Classifier.pth") from None
-    except Exception as error:  # torch.load raises whatever its readers do; each means the same to a user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be read ({reason}); name the course's Classifier.pth") from None
+    saved = load_pt(path)
     if not isinstance(saved, Mapping) or not isinstance(saved.get("state_dict"), Mapping):
         raise UserError(f"{path}: has no state_dict; name the course's Classifier.pth")
     model = LeNet()

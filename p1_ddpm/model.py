@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.layers import group_norm, zeroed
+
 
 @dataclass(frozen=True)
 class ContextUNetConfig:
@@ -83,18 +85,6 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> T
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
-    """Group norm with the most groups, up to 32, that divide the channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, affine=affine)
-
-
-def zeroed(module: nn.Module) -> nn.Module:
-    """The module with all parameters zero, so that its residual branch starts as the identity."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
 
 
 class ResidualBlock(nn.Module):

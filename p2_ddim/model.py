@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_about, load_model_file, load_pt, load_strictly, load_tensors
 from common.errors import UserError
+from common.layers import group_norm, zeroed
 from common.schedule import NoiseSchedule
 
 
@@ -111,18 +112,6 @@ def layout(config: FaceUNetConfig) -> tuple[list[Layer], list[Layer], list[Layer
         if level:
             add(up, "up", "grow", channels, channels)
     return down, middle, up
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with the most groups, up to 32, that divide the channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
-
-
-def zeroed(module: nn.Module) -> nn.Module:
-    """The module with all parameters zero, so that its residual branch starts as the identity."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
 
 
 class TimeSinusoids(nn.Module):

@@ -21,7 +21,7 @@ from common.checkpoint import load_pt, load_strictly, write_atomically
 from common.data import read_folder_images, to_unit_range
 from common.errors import Parser, UserError, run
 from common.images import captioned, grid, save_png, staged
-from common.metrics import frechet_distance, kernel_distance, nearest, precision_recall
+from common.metrics import all_distances, nearest
 from common.runtime import seeded_generator
 from p2_ddim.noise import random_noises
 from p2_ddim.sample import HERE, WEIGHTS, add_sampling_arguments, ddim_options, sampler_from
@@ -60,17 +60,6 @@ def imagenet_features() -> Extractor:
         return torch.cat(parts)
 
     return extract
-
-
-def distances(real: Tensor, faces: Tensor) -> dict[str, float]:
-    """How far the features of faces lie from those of real ones; see `common/metrics.py`."""
-    precision, recall = precision_recall(real, faces, NEIGHBOURS)
-    return {
-        "frechet": frechet_distance(faces, real),
-        "kernel": kernel_distance(faces, real),
-        "precision": precision,
-        "recall": recall,
-    }
 
 
 def nearest_training_faces(drawn: Tensor, held_out: Tensor, train: Tensor) -> tuple[Tensor, dict[str, dict]]:
@@ -151,8 +140,8 @@ def main(args, extract: Extractor | None = None) -> dict:
         real = extract(held_out)
         figures = {
             "count": args.count,
-            "drawn": distances(real, extract(drawn)),
-            "training": distances(real, extract(some_train)),
+            "drawn": all_distances(real, extract(drawn), NEIGHBOURS),
+            "training": all_distances(real, extract(some_train), NEIGHBOURS),
         }
         picture, figures["nearest"] = nearest_training_faces(drawn, held_out, train)
         save_png(stage / "nearest.png", picture)

@@ -118,8 +118,8 @@ class Foreign:
     ("saved", "line"),
     [
         (None, "no such file"),
-        (b"not a torch file", "cannot be read"),
-        ({"state_dict": Foreign()}, "cannot be read"),
+        (b"not a torch file", "holds more than plain tensors, or is no file of torch.save"),
+        ({"state_dict": Foreign()}, "holds more than plain tensors, or is no file of torch.save"),
         ([1, 2], "has no state_dict"),
         ({"state_dict": {"conv1.weight": torch.zeros(6, 3, 5, 5)}}, "does not fit LeNet: 9 missing"),
     ],
