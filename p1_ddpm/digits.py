@@ -30,12 +30,11 @@ def joint_label(domains: Mapping[str, int], domain: str, label: int) -> int:
     return sum(domains[name] for name in names[: names.index(domain)]) + label
 
 
-def read_digits(root: Path, layout: str | None = None, size: int = 28) -> dict[str, LabelledImages]:
+def read_digits(root: Path, size: int = 28) -> dict[str, LabelledImages]:
     """The course's data: `root/{mnistm,svhn}/train.csv` with `data/*.png`; one domain may be absent.
 
     Args:
         root: the `digits` folder.
-        layout: keep only the digits of that layout; None keeps all.
         size: side of the images, pixels.
 
     Raises:
@@ -47,8 +46,9 @@ def read_digits(root: Path, layout: str | None = None, size: int = 28) -> dict[s
         raise UserError(
             f"{root}: holds neither mnistm/train.csv nor svhn/train.csv; set --data to the course's digits folder"
         )
-    sets = {domain: read_csv_images(root / domain / "train.csv", size, DOMAINS[domain]) for domain in found}
-    if layout:
-        wanted = {domain: torch.tensor(digits) for domain, digits in LAYOUTS[layout].items()}
-        sets = {domain: images.take(torch.isin(images.labels, wanted[domain])) for domain, images in sets.items()}
-    return sets
+    return {domain: read_csv_images(root / domain / "train.csv", size, DOMAINS[domain]) for domain in found}
+
+
+def of_layout(images: LabelledImages, domain: str, layout: str) -> LabelledImages:
+    """The images whose digits that layout's folder of the domain holds."""
+    return images.take(torch.isin(images.labels, torch.tensor(LAYOUTS[layout][domain])))

@@ -35,7 +35,7 @@ from common.sampling import ImageNoise, draw, guided
 from common.schedule import PREDICTIONS, SCHEDULES, NoiseSchedule
 from common.training import Batch, Trainer
 from common.training_options import add_training_arguments, training_options
-from p1_ddpm.digits import DOMAINS, LAYOUTS, joint_label, read_digits
+from p1_ddpm.digits import DOMAINS, LAYOUTS, joint_label, of_layout, read_digits
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +141,7 @@ def read_sets(args) -> tuple[dict[str, LabelledImages], dict[str, int]]:
         images = read_csv_images(args.csv, args.image_size)
         sets, domains = {name: images}, {name: int(images.labels.max()) + 1}
     else:
-        sets, domains = read_digits(args.data, args.layout, args.image_size), dict(DOMAINS)
+        sets, domains = read_digits(args.data, args.image_size), dict(DOMAINS)
     for name, images in sets.items():
         if len(images) < HELD_OUT_EVERY:
             raise UserError(f"{args.csv or args.data}: {len(images)} images of {name}; give at least {HELD_OUT_EVERY}")
@@ -205,8 +205,15 @@ def main(args) -> Path:
     config = replace(config, num_labels=sum(domains.values()))
     schedule = NoiseSchedule(args.schedule)
     augment = augmented_domains(args.augment, list(sets))
+    # The split comes first: the models of all layouts then share one held-out part.
     parts = {name: images.split() for name, images in sets.items()}
     train, held_out = ({name: pair[k] for name, pair in parts.items()} for k in (0, 1))
+    if not args.csv:
+        train, held_out = (
+            {name: of_layout(images, name, args.layout) for name, images in part.items()} for part in (train, held_out)
+        )
+        if empty := [name for name in sets if not (len(train[name]) and len(held_out[name]))]:
+            raise UserError(f"--layout {args.layout}: leaves too few images of {empty[0]} to hold some out; give more")
     batches = DigitBatches(train, domains, schedule, options.batch_size, args.label_drop, augment, options.seed)
     held_out_batches = DigitBatches(held_out, domains, schedule, 256, drop=0.0, augment=(), seed=0)
     validation_batch = held_out_batches(0, seeded_generator(0, 3))

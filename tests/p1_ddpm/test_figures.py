@@ -16,8 +16,8 @@ NAMES = ["grid_2024_mnistm.png", "grid_2024_svhn.png", "grid_2025.png", "guidanc
 
 
 def arguments(out, weights, *flags):
-    given = ["--out", out, "--weights", weights, "--steps", 1, "--precision", "fp32", "--device", "cpu", *flags]
-    return figures.parse_arguments([str(flag) for flag in given])
+    given = ["--out", out, "--weights", weights, "--steps", 1, "--precision", "fp32", "--device", "cpu"]
+    return figures.parse_arguments([str(flag) for flag in (*given, "--guidance-scale", 3, *flags)])
 
 
 def cells(picture: np.ndarray, rows: int, columns: int, scale: int, right: int = 0) -> np.ndarray:

@@ -250,3 +250,10 @@ def test_help_is_short_and_shows_an_example(capsys):
     assert 20 <= shown.count("\n  --") <= 32
     for group in ("data:", "model:", "training:"):
         assert f"\n{group}\n" in shown
+
+
+def test_a_layout_that_leaves_nothing_to_hold_out_is_refused(digits, tmp_path):
+    """Every tenth image of these is a nine, which the 2025 layout's mnistm does not hold."""
+    with pytest.raises(UserError, match="--layout 2025: leaves too few images of mnistm"):
+        train(digits, tmp_path, "--layout", "2025")
+    assert not list(tmp_path.iterdir())
