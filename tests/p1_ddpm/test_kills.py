@@ -28,7 +28,10 @@ def start(digits, out):
 
 
 def unfinished(out):
-    return list(out.glob(".unfinished-*/*"))
+    try:
+        return list(out.glob(".unfinished-*/*"))
+    except FileNotFoundError:  # the save ended between two looks at its folder
+        return []
 
 
 def wait_until(process, happened):
