@@ -30,9 +30,8 @@ from common.errors import Parser, run
 from common.images import to_uint8
 from common.losses import diffusion_loss
 from common.runtime import autocast, seeded_generator
-from common.sampling import ImageNoise
 from common.schedule import NoiseSchedule
-from p1_ddpm.digits import DOMAINS
+from p1_ddpm.digits import DOMAINS, joint_label
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
 from p1_ddpm.sample import DigitSampler, add_sampling_arguments, make_sampler, sampling_options, wanted_digits
 from p1_ddpm.train import DigitBatches
@@ -77,9 +76,9 @@ def diffusers_images(sampler: DigitSampler, digits: list, options: dict, seed: i
     """The same network, noise, guidance and number of steps under diffusers' scheduler."""
     scheduler = DIFFUSERS[options["sampler"]]()
     scheduler.set_timesteps(options["steps"])
-    classes = [list(DOMAINS).index(d.domain) * 10 + d.label for d in digits]
-    xt = ImageNoise([(seed, c, d.number) for c, d in zip(classes, digits)]).draw((3, 28, 28))
-    labels = torch.tensor([20] * len(digits) + classes)
+    classes = [joint_label(sampler.domains, digit.domain, digit.label) for digit in digits]
+    labels = torch.tensor([sampler.model.null_label] * len(digits) + classes)
+    xt = sampler.steps(digits, seed, options)["xt"]
     with torch.no_grad():
         for t in scheduler.timesteps:
             double = torch.cat([xt, xt]).contiguous(memory_format=torch.channels_last)
@@ -184,13 +183,12 @@ def main(args) -> dict:
     digits = wanted_digits(sampler.domains, "2025", None, 50)[: args.images]
     options = sampling_options(args)
 
+    batches = [digits[start : start + args.batch_size] for start in range(0, len(digits), args.batch_size)]
+
     def ours(method: str = args.sampler) -> Tensor:
-        chosen = options | {"sampler": method}
-        batches = [digits[start : start + args.batch_size] for start in range(0, len(digits), args.batch_size)]
-        return torch.cat([sampler.images(batch, args.seed, chosen) for batch in batches])
+        return torch.cat([sampler.images(batch, args.seed, options | {"sampler": method}) for batch in batches])
 
     def theirs(method: str) -> Tensor:
-        batches = [digits[start : start + args.batch_size] for start in range(0, len(digits), args.batch_size)]
         chosen = options | {"sampler": method}
         return torch.cat([diffusers_images(sampler, batch, chosen, args.seed) for batch in batches])
 

@@ -136,9 +136,9 @@ def clear_way(out: Path, digits: Sequence[Digit], overwrite: bool) -> None:
                 f"{out / domain}: already holds {len(strays)} other files ({strays[0].name}, ...) that a grader would"
                 " read as digits; name an empty folder, or remove them with --overwrite"
             )
+        if folders := [stray for stray in strays if stray.is_dir()]:
+            raise UserError(f"{folders[0]}: is a folder, which --overwrite does not remove; move it away")
         for stray in strays:
-            if stray.is_dir():
-                raise UserError(f"{stray}: is a folder, which --overwrite does not remove; move it away")
             stray.unlink()
 
 

@@ -154,6 +154,13 @@ def test_files_that_a_grader_would_misread_stop_the_run(tmp_path, weights):
     draw(tmp_path, weights, "--count", "1")  # the same names again are no strays
 
 
+def test_overwrite_removes_nothing_where_a_folder_is_in_the_way(tmp_path, weights):
+    (tmp_path / "mnistm" / "notes").mkdir(parents=True)
+    (tmp_path / "mnistm" / "a.png").write_text("stray")
+    assert "notes: is a folder" in complaint(tmp_path, weights, "--count", "1", "--overwrite")
+    assert (tmp_path / "mnistm" / "a.png").exists()
+
+
 def test_weights_that_cannot_be_used(tmp_path, weights):
     out = tmp_path / "out"
     assert "no such weights file" in complaint(out, tmp_path / "absent.safetensors")
