@@ -9,6 +9,7 @@ Running the same command again resumes where the run stopped.
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class DigitBatches:
-    """Draws the batches: every domain equally often, labels dropped now and then, timesteps stratified.
+    """Draws the batches: fixed shares of the domains, labels dropped now and then, timesteps stratified.
 
     Args:
         sets: images by domain.
@@ -52,6 +53,7 @@ class DigitBatches:
         drop: probability that a label becomes the null label (Ho and Salimans 2022, algorithm 1).
         augment: domains whose images are jittered.
         seed: of the order in which images come.
+        weights: how often each domain comes, relative to the others; all equally by default.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class DigitBatches:
         drop: float,
         augment: tuple[str, ...],
         seed: int,
+        weights: Mapping[str, float] | None = None,
     ):
         self.sets, self.schedule, self.drop, self.augment, self.seed = sets, schedule, drop, augment, seed
         self.offsets = {name: joint_label(domains, name, 0) for name in sets}
         self.null_label = sum(domains.values())
-        # Near-equal shares that add up to the batch size.
-        bounds = [round(batch_size * k / len(sets)) for k in range(len(sets) + 1)]
+        # Rounded at their bounds, the shares add up to the batch size.
+        so_far = list(accumulate(((weights or {}).get(name, 1.0) for name in sets), initial=0.0))
+        bounds = [round(batch_size * weight / so_far[-1]) for weight in so_far]
         self.shares = {name: after - before for name, before, after in zip(sets, bounds, bounds[1:])}
 
     def __call__(self, step: int, generator: torch.Generator) -> Batch:
@@ -117,6 +121,9 @@ def parse_arguments(argv: list[str] | None = None):
     data.add_argument("--layout", choices=LAYOUTS, default="2024", help="keep this edition's digits (2024: all)")
     data.add_argument("--image-size", type=int, default=28, help="side of the images, divisible by 4")
     data.add_argument("--augment", nargs="*", metavar="DOMAIN", help="domains to jitter (default: svhn if it is there)")
+    data.add_argument(
+        "--weights", nargs="+", default=[], metavar="DOMAIN=W", help="how often a domain is drawn (default: each 1)"
+    )
     model = parser.add_argument_group("model")
     model.add_argument(
         "--widths", type=int, nargs="+", default=list(ContextUNetConfig.widths), help="channels by level"
@@ -159,6 +166,25 @@ def augmented_domains(wanted: Sequence[str] | None, domains: Sequence[str]) -> t
     if unknown := [name for name in wanted if name not in domains]:
         raise UserError(f"--augment {unknown[0]}: no such domain; choose from {', '.join(domains)}")
     return tuple(wanted)
+
+
+def domain_weights(wanted: Sequence[str], domains: Sequence[str]) -> dict[str, float]:
+    """The weights that `domain=weight` arguments give; 1 for the domains they leave out.
+
+    Raises:
+        UserError: an argument has another form, names no domain of these, or its weight is not above 0.
+    """
+    weights = dict.fromkeys(domains, 1.0)
+    for argument in wanted:
+        name, _, number = argument.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if name not in weights or not 0 < weight < float("inf"):
+            raise UserError(f"--weights {argument}: must be DOMAIN=W with W above 0 and one of {', '.join(domains)}")
+        weights[name] = weight
+    return weights
 
 
 def model_config(args) -> ContextUNetConfig:
@@ -205,6 +231,7 @@ def main(args) -> Path:
     config = replace(config, num_labels=sum(domains.values()))
     schedule = NoiseSchedule(args.schedule)
     augment = augmented_domains(args.augment, list(sets))
+    weights = domain_weights(args.weights, list(sets))
     # The split comes first: the models of all layouts then share one held-out part.
     parts = {name: images.split() for name, images in sets.items()}
     train, held_out = ({name: pair[k] for name, pair in parts.items()} for k in (0, 1))
@@ -214,7 +241,9 @@ def main(args) -> Path:
         )
         if empty := [name for name in sets if not (len(train[name]) and len(held_out[name]))]:
             raise UserError(f"--layout {args.layout}: leaves too few images of {empty[0]} to hold some out; give more")
-    batches = DigitBatches(train, domains, schedule, options.batch_size, args.label_drop, augment, options.seed)
+    batches = DigitBatches(
+        train, domains, schedule, options.batch_size, args.label_drop, augment, options.seed, weights
+    )
     held_out_batches = DigitBatches(held_out, domains, schedule, 256, drop=0.0, augment=(), seed=0)
     validation_batch = held_out_batches(0, seeded_generator(0, 3))
     firsts = {name: joint_label(domains, name, 0) for name in sets}
@@ -238,7 +267,9 @@ def main(args) -> Path:
         "domains": domains,
         "image_size": args.image_size,
     }
-    notes = {"augment": augment} | {name: getattr(args, name) for name in ("layout", "label_drop", "min_snr_gamma")}
+    notes = {"augment": augment, "weights": weights} | {
+        name: getattr(args, name) for name in ("layout", "label_drop", "min_snr_gamma")
+    }
     notes["init"] = str(args.init) if args.init else None
     torch.manual_seed(options.seed)
     model = ContextUNet(config)

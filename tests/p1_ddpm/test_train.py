@@ -42,9 +42,9 @@ def metrics(folder):
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
-def make_batches(digits, batch_size=8, drop=0.15, augment=()):
+def make_batches(digits, batch_size=8, drop=0.15, augment=(), weights=None):
     return DigitBatches(
-        read_digits(digits, size=8), DOMAINS, NoiseSchedule("cosine"), batch_size, drop, augment, seed=0
+        read_digits(digits, size=8), DOMAINS, NoiseSchedule("cosine"), batch_size, drop, augment, 0, weights
     )
 
 
@@ -79,6 +79,7 @@ def test_the_finished_file_rebuilds_the_averaged_model_alone(finished):
     assert about["training"]["lr"] == 5e-3
     assert about["training"]["label_drop"] == 0.15
     assert about["training"]["augment"] == ["svhn"]
+    assert about["training"]["weights"] == {"mnistm": 1.0, "svhn": 1.0}
     assert about["validation_loss"] == pytest.approx(metrics(finished)[-1]["validation_loss"])
     assert NoiseSchedule(**about["schedule"]).name == "cosine"
     model = ContextUNet(ContextUNetConfig(**about["config"]))
@@ -178,6 +179,14 @@ def test_a_batch_shares_both_domains_and_drops_labels(digits):
     assert batch["eps"].std().item() == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("weights", "counts"), [(None, (4, 4)), ({"svhn": 3.0}, (2, 6)), ({"mnistm": 3.0, "svhn": 2.0}, (5, 3))]
+)
+def test_domains_come_as_often_as_their_weights_say(digits, weights, counts):
+    labels = make_batches(digits, batch_size=8, drop=0.0, weights=weights)(0, seeded_generator(0, 1, 0))["labels"]
+    assert ((labels < 10).sum(), (labels >= 10).sum()) == counts
+
+
 def test_labels_belong_to_their_images(digits):
     sets = read_digits(digits, size=8)
     truth = {}
@@ -212,6 +221,9 @@ def test_batches_depend_on_seed_and_step_alone(digits):
         (["--image-size", "0"], "--image-size 0: must be divisible by 4"),
         (["--accumulate", "3"], "--batch-size 8: must be divisible by 1 processes x --accumulate 3"),
         (["--augment", "usps"], "--augment usps: no such domain; choose from mnistm, svhn"),
+        (["--weights", "usps=2"], "--weights usps=2: must be DOMAIN=W with W above 0 and one of mnistm, svhn"),
+        (["--weights", "svhn"], "--weights svhn: must be DOMAIN=W with W above 0 and one of mnistm, svhn"),
+        (["--weights", "svhn=nan"], "--weights svhn=nan: must be DOMAIN=W with W above 0 and one of mnistm, svhn"),
         (["--widths", "8"], "--widths, --blocks: widths (8,), blocks (1, 1)"),
         (["--widths", "7", "8"], "--widths, --blocks: width 7"),
         (["--label-drop", "2"], "--label-drop 2.0"),
