@@ -67,6 +67,7 @@ class Trainer:
         validate: EMA model -> validation loss; None for no validation.
         sample: EMA model -> uint8 picture (3, H, W) of samples; None for no pictures.
         notes: how the run was made beyond its options; checkpoints carry both, and a resumed run may change them.
+        measure: EMA model -> further numbers to log with every validation loss; None for none.
 
     Attributes:
         averaged: the EMA model, in eval mode.
@@ -87,11 +88,13 @@ class Trainer:
         validate: Callable[[nn.Module], Tensor] | None = None,
         sample: Callable[[nn.Module], Tensor] | None = None,
         notes: Mapping[str, Any] | None = None,
+        measure: Callable[[nn.Module], Mapping[str, float]] | None = None,
     ):
         self.options, self.folder = options, Path(folder)
         # As they read back from a checkpoint, where tuples are lists.
         self.about, self.notes = json.loads(json.dumps([about, asdict(options) | (notes or {})]))
-        self.make_batch, self.loss_fn, self.validate, self.sample = make_batch, loss_fn, validate, sample
+        self.make_batch, self.loss_fn = make_batch, loss_fn
+        self.validate, self.sample, self.measure = validate, sample, measure
         check_output_folder(self.folder)
         device = pick_device(options.device)
         precision = pick_precision(options.precision, device)
@@ -265,9 +268,7 @@ class Trainer:
                     lr = learning_rate(options, self.step - 1)
                     self.log(loss=loss, norm=norm, lr=lr, images_per_second=round(rate, 2))
                 if self.validate and self.due(options.validate_every):
-                    self.keep_best(validation_loss := self.validation_loss())
-                    if bar.disable:
-                        print(f"step {self.step}: loss {loss:.4f}, validation loss {validation_loss:.4f}", flush=True)
+                    self.report(loss, bar)
                 if self.sample and self.due(options.sample_every):
                     self.draw_samples()
                 if self.due(options.save_every):
@@ -282,9 +283,21 @@ class Trainer:
         with torch.no_grad(), self.accelerator.autocast():
             return float(self.validate(self.averaged))
 
+    def report(self, training_loss: float, bar: tqdm) -> None:
+        """Log how good the averaged model is; beside a bar that is not shown, print it."""
+        loss, measured = self.validation_loss(), {}
+        if self.measure:
+            with torch.no_grad(), self.accelerator.autocast():
+                measured = dict(self.measure(self.averaged))
+        self.log(validation_loss=loss, **measured)
+        self.keep_best(loss)
+        if bar.disable:
+            shown = {"loss": training_loss, "validation loss": loss} | measured
+            line = ", ".join(f"{name.replace('_', ' ')} {number:.4f}" for name, number in shown.items())
+            print(f"step {self.step}: {line}", flush=True)
+
     def keep_best(self, loss: float) -> None:
-        """Log a validation loss; write the averaged weights as `best.safetensors` if it is the lowest."""
-        self.log(validation_loss=loss)
+        """Write the averaged weights as `best.safetensors` if this validation loss is the lowest."""
         if loss < self.best:
             self.best = loss
             about = self.about | {"step": self.step, "training": self.notes, "validation_loss": loss}

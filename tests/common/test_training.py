@@ -44,12 +44,14 @@ def squared_error(model, batch):
     return (model(batch["x"]).float() - batch["y"]).square().mean()
 
 
-def make_trainer(folder, dropout=0.0, batches=make_batch, loss=squared_error, validate=None, about=None, **options):
+def make_trainer(
+    folder, dropout=0.0, batches=make_batch, loss=squared_error, validate=None, about=None, measure=None, **options
+):
     settings = {"steps": 6, "batch_size": 8, "lr": 1e-2, "warmup": 2, "precision": "fp32", "device": "cpu"}
     settings |= {"save_every": 1, "log_every": 1, "validate_every": 1} | options
     torch.manual_seed(7)
     facts = {"kind": "Toy", "config": {"width": WIDTH}} if about is None else about
-    return Trainer(Toy(dropout), TrainingOptions(**settings), folder, facts, batches, loss, validate)
+    return Trainer(Toy(dropout), TrainingOptions(**settings), folder, facts, batches, loss, validate, measure=measure)
 
 
 def train(folder, **options):
@@ -109,6 +111,19 @@ def test_the_loss_falls_and_is_logged(tmp_path):
     assert sum(line["loss"] for line in lines[-5:]) < 0.8 * sum(line["loss"] for line in lines[:5])
     assert all(line["images_per_second"] > 0 and line["norm"] > 0 for line in lines)
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_what_is_measured_of_the_averaged_model_stands_beside_its_validation_loss(tmp_path, capsys):
+    def measure(averaged):
+        return {"size": float(averaged.head.weight.square().sum())}
+
+    batch = make_batch(0, torch.Generator().manual_seed(1))
+    trainer = train(tmp_path, steps=2, validate=lambda averaged: squared_error(averaged, batch), measure=measure)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    validated = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in validated] == [1, 2]
+    assert validated[-1]["size"] == measure(trainer.averaged)["size"] != validated[0]["size"]
+    assert f"size {validated[-1]['size']:.4f}" in capsys.readouterr().out
 
 
 def test_log_lines_of_undone_steps_are_forgotten(tmp_path):
