@@ -1,0 +1,345 @@
+"""The ControlNet: a trainable copy of a frozen U-Net's encoder that reads a hint (Zhang et al. 2023).
+
+    hint --hint encoder--> + conv_in(xt) --copied encoder--> skips, middle --zero convolutions--> residuals
+
+The names of its weights and its files are those of diffusers' `ControlNetModel`: each loads what the other saved.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from common.checkpoint import half, load_model_file, load_strictly, load_tensors, save_tensors, write_atomically
+from common.errors import UserError
+from common.layers import zeroed
+from p3_controlnet.unet import add_residuals, decode, encode
+
+COPIED = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+# What some diffusers models have and this one has not, with the value that means "absent".
+ABSENT = {
+    "addition_embed_type": None,
+    "class_embed_type": None,
+    "encoder_hid_dim_type": None,
+    "global_pool_conditions": False,
+    "num_class_embeds": None,
+    "controlnet_conditioning_channel_order": "rgb",
+}
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    """Everything needed to rebuild a `ControlNet`; fields are named as in diffusers, defaults fit Stable Diffusion v1.
+
+    Args:
+        conditioning_channels: colour channels of a hint.
+        conditioning_embedding_out_channels: widths of the hint encoder; every one after the first halves the grid.
+        others: the U-Net's own.
+    """
+
+    in_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")
+    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    only_cross_attention: bool | tuple[bool, ...] = False
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = 1
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 768
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    resnet_time_scale_shift: str = "default"
+    conditioning_channels: int = 3
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+
+    def __post_init__(self):
+        for item in fields(self):
+            if isinstance(value := getattr(self, item.name), list):  # as JSON has it
+                object.__setattr__(self, item.name, tuple(value))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], source: str) -> "ControlNetConfig":
+        """The part of a diffusers config, of a U-Net or of a `ControlNetModel`, that a ControlNet is built from.
+
+        Raises:
+            UserError: the model has parts that this ControlNet does not know, such as Stable Diffusion XL's.
+        """
+        for name, absent in ABSENT.items():
+            if config.get(name, absent) != absent:
+                raise UserError(f"{source}: its {name} is {config[name]}, which is not supported; name another model")
+        return cls(**{item.name: config[item.name] for item in fields(cls) if item.name in config})
+
+    @property
+    def hint_factor(self) -> int:
+        """Pixels of a hint along one side of a latent."""
+        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+
+    @property
+    def skip_channels(self) -> list[int]:
+        """Channels of the U-Net's skips: of `conv_in`, and of every residual block and downsampling."""
+        *shrunk, last = self.block_out_channels
+        channels = [self.block_out_channels[0]]
+        for width in shrunk:
+            channels += [width] * (self.layers_per_block + 1)
+        return channels + [last] * self.layers_per_block
+
+
+def copied_encoder(config: ControlNetConfig) -> UNet2DConditionModel:
+    """A U-Net, newly initialised, whose first half is what the ControlNet trains."""
+    shared = {name: value for name, value in asdict(config).items() if not name.startswith("conditioning_")}
+    up_block_types = tuple(name.replace("Down", "Up") for name in reversed(config.down_block_types))
+    return UNet2DConditionModel(**shared, up_block_types=up_block_types)
+
+
+class HintEncoder(nn.Module):
+    """Convolutions from a hint's pixels to the latent grid; the last one starts at zero.
+
+    Args:
+        hint_channels: colour channels of the hint.
+        widths: see `ControlNetConfig.conditioning_embedding_out_channels`.
+        out_channels: width of the U-Net's first level.
+    """
+
+    def __init__(self, hint_channels: int, widths: Sequence[int], out_channels: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(hint_channels, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        for width, following in zip(widths, widths[1:]):
+            self.blocks.append(nn.Conv2d(width, width, 3, padding=1))
+            self.blocks.append(nn.Conv2d(width, following, 3, padding=1, stride=2))
+        self.conv_out = zeroed(nn.Conv2d(widths[-1], out_channels, 3, padding=1))
+
+    def forward(self, hint: Tensor) -> Tensor:
+        h = F.silu(self.conv_in(hint))
+        for convolution in self.blocks:
+            h = F.silu(convolution(h))
+        return self.conv_out(h)
+
+
+class ControlNet(nn.Module):
+    """Predicts from a hint what to add to a frozen U-Net's skips and middle (Zhang et al. 2023, section 3.2).
+
+    A new one adds nothing: its zero convolutions start at zero.
+
+    Args:
+        config: sizes; see `ControlNetConfig`, and `from_unet` for a copy of a U-Net's weights.
+    """
+
+    def __init__(self, config: ControlNetConfig = ControlNetConfig()):
+        super().__init__()
+        self.config, first = config, config.block_out_channels[0]
+        encoder = copied_encoder(config)
+        for part in COPIED:
+            self.add_module(part, getattr(encoder, part))
+        self.controlnet_cond_embedding = HintEncoder(
+            config.conditioning_channels, config.conditioning_embedding_out_channels, first
+        )
+        self.controlnet_down_blocks = nn.ModuleList(zeroed(nn.Conv2d(c, c, 1)) for c in config.skip_channels)
+        last = config.block_out_channels[-1]
+        self.controlnet_mid_block = zeroed(nn.Conv2d(last, last, 1))
+
+    @classmethod
+    def from_unet(cls, unet: UNet2DConditionModel, hint_channels: Sequence[int] = (16, 32, 96, 256)) -> "ControlNet":
+        """A trainable copy of a U-Net's encoder, fp32, with a new hint encoder and new zero convolutions.
+
+        Args:
+            unet: stays as it is.
+            hint_channels: see `ControlNetConfig.conditioning_embedding_out_channels`.
+
+        Raises:
+            UserError: the U-Net has parts that a ControlNet does not know.
+        """
+        config = ControlNetConfig.of(unet.config, "the U-Net")
+        controlnet = cls(replace(config, conditioning_embedding_out_channels=tuple(hint_channels)))
+        for part in COPIED:
+            getattr(controlnet, part).load_state_dict(getattr(unet, part).state_dict())
+        return controlnet
+
+    @property
+    def residual_count(self) -> int:
+        """How many residuals there are: one a skip, and the middle's."""
+        return len(self.controlnet_down_blocks) + 1
+
+    def encode_hint(self, hint: Tensor) -> Tensor:
+        """The hint's features at the latent grid, which do not change from step to step.
+
+        Args:
+            hint: (N, 3, H, W) in [0, 1], H and W divisible by `config.hint_factor`.
+        """
+        return self.controlnet_cond_embedding(hint.to(self.conv_in.weight.dtype))
+
+    def forward(
+        self,
+        xt: Tensor,
+        t: Tensor,
+        context: Tensor,
+        hint: Tensor | None = None,
+        features: Tensor | None = None,
+        scale: float | Sequence[float] = 1.0,
+    ) -> list[Tensor]:
+        """The residuals for the U-Net's skips, in the order in which they arise, and last the middle's.
+
+        Args:
+            xt: noised latents (N, C, H, W).
+            t: timesteps (N,).
+            context: embedded prompts (N, tokens, D).
+            hint: as `encode_hint` takes it; a training step gives this one.
+            features: what `encode_hint` made of the hint; a sampler gives this one.
+            scale: strength of the control: one number, or one a residual.
+        """
+        features = self.encode_hint(hint) if features is None else features
+        encoded = encode(self, xt, t, context, features)
+        residuals = [zero(h) for zero, h in zip(self.controlnet_down_blocks, encoded.skips, strict=True)]
+        residuals.append(self.controlnet_mid_block(encoded.middle))
+        scales = [scale] * len(residuals) if isinstance(scale, int | float) else scale
+        return [residual * s for residual, s in zip(residuals, scales, strict=True)]
+
+    def save(self, folder: Path, about: Mapping[str, Any], fp16: bool = True) -> None:
+        """Write the folder that `load`, and diffusers' `ControlNetModel.from_pretrained`, reads.
+
+        Args:
+            folder: made if need be; an earlier ControlNet in it is replaced.
+            about: JSON-able facts to keep with the weights.
+            fp16: store half precision.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        config = {"_class_name": "ControlNetModel"} | asdict(self.config)
+        state = self.state_dict()
+        text = json.dumps(config, indent=2) + "\n"
+        write_atomically(Path(folder) / CONFIG_FILE, lambda temporary: temporary.write_text(text))
+        facts = {"kind": "ControlNet", "config": asdict(self.config)} | dict(about)
+        save_tensors(Path(folder) / WEIGHTS_FILE, half(state) if fp16 else state, facts)
+
+    @classmethod
+    def load(cls, path: Path) -> tuple["ControlNet", dict[str, Any]]:
+        """A ControlNet in eval mode, fp32 on the CPU, and the facts saved with it.
+
+        Args:
+            path: a folder that `save` or diffusers wrote, or one file of a training run.
+
+        Raises:
+            UserError: something is missing or broken, or belongs to another model.
+        """
+        path = Path(path)
+        if path.is_dir():
+            config = ControlNetConfig.of(read_config(path / CONFIG_FILE), str(path / CONFIG_FILE))
+            state, about = load_tensors(path / WEIGHTS_FILE)
+        else:
+            state, about = load_model_file(path, "ControlNet")
+            config = ControlNetConfig(**about["config"])
+        with torch.device("meta"):  # the initial weights would be overwritten anyway
+            controlnet = cls(config)
+        load_strictly(controlnet.to_empty(device="cpu"), state, str(path))
+        return controlnet.eval(), about
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of a ControlNet's folder.
+
+    Raises:
+        UserError: the file is missing, not JSON, or another model's.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; name a ControlNet's folder, or one weights file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a JSON file ({error}); restore it") from None
+    found = config.get("_class_name") if isinstance(config, dict) else None
+    if found != "ControlNetModel":
+        raise UserError(f"{path}: describes a {found}, not a ControlNetModel; name a ControlNet's folder")
+    return config
+
+
+def combine(several: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The residuals of several ControlNets, summed."""
+    return [sum(parts[1:], parts[0]) for parts in zip(*several, strict=True)]
+
+
+def guess_scales(count: int) -> list[float]:
+    """Guess mode's strengths of `count` residuals, from 0.1 for the finest to 1 for the middle, evenly in logarithm.
+
+    In guess mode the unconditional half gets no control at all, so that guidance enlarges what the hint alone says.
+    """
+    return torch.logspace(-1, 0, count, dtype=torch.float64).tolist()
+
+
+class ControlledUNet:
+    """A frozen U-Net and the ControlNets that steer it, as one network for `diffusion_loss` and `guided`.
+
+    Args:
+        unet: the frozen U-Net, in eval mode.
+        controlnets: one or several, perhaps wrapped for training.
+        scales: a strength for each ControlNet: one number, or one a residual; all 1 by default.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        controlnets: Sequence[nn.Module],
+        scales: Sequence[float | Sequence[float]] | None = None,
+    ):
+        self.unet, self.controlnets = unet, list(controlnets)
+        self.scales = [1.0] * len(self.controlnets) if scales is None else list(scales)
+
+    def encode_hint(self, hint: Tensor) -> Tensor:
+        """What each ControlNet makes of the hints (N, 3, H, W): (N, ControlNets, C, h, w)."""
+        return torch.stack([controlnet.encode_hint(hint) for controlnet in self.controlnets], dim=1)
+
+    def residuals(
+        self, xt: Tensor, t: Tensor, context: Tensor, hint: Tensor | None, features: Tensor | None
+    ) -> list[Tensor]:
+        """The summed residuals of all ControlNets."""
+        each = [None] * len(self.controlnets) if features is None else features.unbind(dim=1)
+        return combine(
+            [
+                controlnet(xt, t, context, hint=hint, features=own, scale=scale)
+                for controlnet, own, scale in zip(self.controlnets, each, self.scales, strict=True)
+            ]
+        )
+
+    def __call__(
+        self,
+        xt: Tensor,
+        t: Tensor,
+        context: Tensor,
+        hint: Tensor | None = None,
+        features: Tensor | None = None,
+        controlled: Tensor | None = None,
+    ) -> Tensor:
+        """One prediction, in the dtype of `xt`; only the ControlNets and the U-Net's decoder keep a graph.
+
+        Args:
+            xt: noised latents (N, C, H, W).
+            t: timesteps (N,).
+            context: embedded prompts (N, tokens, D).
+            hint: (N, 3, H, W) in [0, 1], for every ControlNet; or instead
+            features: what `encode_hint` made of the hints.
+            controlled: bool (N,), the rows that get any control; all by default.
+        """
+        with torch.no_grad():
+            encoded = encode(self.unet, xt, t, context)
+        if controlled is None:
+            residuals = self.residuals(xt, t, context, hint, features)
+        else:
+            rows = controlled.nonzero()[:, 0]
+            given = [None if tensor is None else tensor[rows] for tensor in (hint, features)]
+            some = self.residuals(xt[rows], t[rows], context[rows], *given)
+            residuals = [part.new_zeros(len(xt), *part.shape[1:]).index_copy(0, rows, part) for part in some]
+        return decode(self.unet, add_residuals(encoded, residuals), context).to(xt.dtype)
