@@ -8,6 +8,7 @@ The names of its weights and its files are those of diffusers' `ControlNetModel`
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from common.checkpoint import half, load_model_file, load_strictly, load_tensors, save_tensors, write_atomically
 from common.errors import UserError
 from common.layers import zeroed
-from p3_controlnet.unet import add_residuals, decode, encode
+from p3_controlnet.unet import encode
 
 COPIED = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -29,6 +30,7 @@ ABSENT = {
     "class_embed_type": None,
     "encoder_hid_dim_type": None,
     "global_pool_conditions": False,
+    "num_attention_heads": None,
     "num_class_embeds": None,
     "controlnet_conditioning_channel_order": "rgb",
 }
@@ -118,7 +120,7 @@ class HintEncoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(hint_channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
-        for width, following in zip(widths, widths[1:]):
+        for width, following in pairwise(widths):
             self.blocks.append(nn.Conv2d(width, width, 3, padding=1))
             self.blocks.append(nn.Conv2d(width, following, 3, padding=1, stride=2))
         self.conv_out = zeroed(nn.Conv2d(widths[-1], out_channels, 3, padding=1))
@@ -265,81 +267,3 @@ def read_config(path: Path) -> dict[str, Any]:
     if found != "ControlNetModel":
         raise UserError(f"{path}: describes a {found}, not a ControlNetModel; name a ControlNet's folder")
     return config
-
-
-def combine(several: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The residuals of several ControlNets, summed."""
-    return [sum(parts[1:], parts[0]) for parts in zip(*several, strict=True)]
-
-
-def guess_scales(count: int) -> list[float]:
-    """Guess mode's strengths of `count` residuals, from 0.1 for the finest to 1 for the middle, evenly in logarithm.
-
-    In guess mode the unconditional half gets no control at all, so that guidance enlarges what the hint alone says.
-    """
-    return torch.logspace(-1, 0, count, dtype=torch.float64).tolist()
-
-
-class ControlledUNet:
-    """A frozen U-Net and the ControlNets that steer it, as one network for `diffusion_loss` and `guided`.
-
-    Args:
-        unet: the frozen U-Net, in eval mode.
-        controlnets: one or several, perhaps wrapped for training.
-        scales: a strength for each ControlNet: one number, or one a residual; all 1 by default.
-    """
-
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        controlnets: Sequence[nn.Module],
-        scales: Sequence[float | Sequence[float]] | None = None,
-    ):
-        self.unet, self.controlnets = unet, list(controlnets)
-        self.scales = [1.0] * len(self.controlnets) if scales is None else list(scales)
-
-    def encode_hint(self, hint: Tensor) -> Tensor:
-        """What each ControlNet makes of the hints (N, 3, H, W): (N, ControlNets, C, h, w)."""
-        return torch.stack([controlnet.encode_hint(hint) for controlnet in self.controlnets], dim=1)
-
-    def residuals(
-        self, xt: Tensor, t: Tensor, context: Tensor, hint: Tensor | None, features: Tensor | None
-    ) -> list[Tensor]:
-        """The summed residuals of all ControlNets."""
-        each = [None] * len(self.controlnets) if features is None else features.unbind(dim=1)
-        return combine(
-            [
-                controlnet(xt, t, context, hint=hint, features=own, scale=scale)
-                for controlnet, own, scale in zip(self.controlnets, each, self.scales, strict=True)
-            ]
-        )
-
-    def __call__(
-        self,
-        xt: Tensor,
-        t: Tensor,
-        context: Tensor,
-        hint: Tensor | None = None,
-        features: Tensor | None = None,
-        controlled: Tensor | None = None,
-    ) -> Tensor:
-        """One prediction, in the dtype of `xt`; only the ControlNets and the U-Net's decoder keep a graph.
-
-        Args:
-            xt: noised latents (N, C, H, W).
-            t: timesteps (N,).
-            context: embedded prompts (N, tokens, D).
-            hint: (N, 3, H, W) in [0, 1], for every ControlNet; or instead
-            features: what `encode_hint` made of the hints.
-            controlled: bool (N,), the rows that get any control; all by default.
-        """
-        with torch.no_grad():
-            encoded = encode(self.unet, xt, t, context)
-        if controlled is None:
-            residuals = self.residuals(xt, t, context, hint, features)
-        else:
-            rows = controlled.nonzero()[:, 0]
-            given = [None if tensor is None else tensor[rows] for tensor in (hint, features)]
-            some = self.residuals(xt[rows], t[rows], context[rows], *given)
-            residuals = [part.new_zeros(len(xt), *part.shape[1:]).index_copy(0, rows, part) for part in some]
-        return decode(self.unet, add_residuals(encoded, residuals), context).to(xt.dtype)
