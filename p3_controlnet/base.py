@@ -1,0 +1,273 @@
+"""The frozen latent diffusion that a ControlNet steers, read from and written to an ordinary diffusers folder."""
+
+import contextlib
+import copy
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging
+
+from common.checkpoint import UNFINISHED
+from common.errors import UserError
+from common.schedule import NoiseSchedule
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SCHEDULES = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
+PARTS = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer, "unet": UNet2DConditionModel}
+PROMPTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Base:
+    """A latent diffusion whose weights stay as they are; all models on one device and of one dtype.
+
+    Attributes:
+        vae: between images and latents.
+        text_encoder: from tokens to the context that the U-Net attends to.
+        tokenizer: from prompts to tokens.
+        unet: called with latents, timesteps and contexts.
+        schedule: the noise it was trained with.
+        prediction: what the U-Net predicts: eps, x0 or v.
+    """
+
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: UNet2DConditionModel
+    schedule: NoiseSchedule
+    prediction: str
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.vae.device
+
+    @torch.inference_mode()
+    def encode_prompts(self, prompts: Sequence[str], where: Sequence[str] | None = None) -> Tensor:
+        """What the U-Net attends to for each prompt: the text encoder's last hidden states (N, tokens, width).
+
+        Prompts with more tokens than the encoder takes (77, of which two mark start and end) are cut, with a line on
+        stderr for each.
+
+        Args:
+            prompts: texts; an empty one means "no condition".
+            where: the file and line of each, to be named when it is cut.
+        """
+        longest = self.tokenizer.model_max_length
+        for k, ids in enumerate(self.tokenizer(list(prompts), verbose=False).input_ids):
+            if len(ids) > longest:
+                mention = f"{where[k]}: " if where else ""
+                print(
+                    f"warning: {mention}prompt of {len(ids)} tokens is cut to {longest}: {prompts[k][:40]!r}...",
+                    file=sys.stderr,
+                )
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
+        ).input_ids.to(self.device)
+        return torch.cat([self.text_encoder(part).last_hidden_state for part in tokens.split(PROMPTS_AT_ONCE)]).clone()
+
+    @torch.inference_mode()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents of images: the posterior's mean times the scaling factor (Rombach et al. 2022, appendix G).
+
+        Args:
+            images: (N, 3, H, W) in [-1, 1]; height and width divisible by `factor`.
+
+        Returns:
+            (N, C, H / factor, W / factor) of the models' dtype, about standard normal.
+        """
+        mean = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist.mean
+        return mean * self.vae.config.scaling_factor
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, batch_size: int = 8) -> Tensor:
+        """Images of latents, decoded `batch_size` at a time: float32 (N, 3, H, W) in [-1, 1]."""
+        latents = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
+        images = [self.vae.decode(part).sample.float() for part in latents.split(batch_size)]
+        return torch.cat(images).clamp(-1, 1)
+
+
+def read_schedule(file: Path) -> tuple[NoiseSchedule, str]:
+    """The schedule and the kind of prediction that a scheduler's config describes.
+
+    Raises:
+        UserError: no such file, no JSON object, or a schedule or prediction that is not known here.
+    """
+    try:
+        config = json.loads(file.read_text())
+        schedule, prediction = config["beta_schedule"], config.get("prediction_type", "epsilon")
+        numbers = {"T": config["num_train_timesteps"]}
+        numbers |= {name: config[name] for name in ("beta_start", "beta_end")}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file}: not a scheduler's config ({type(error).__name__}: {error}); restore it") from None
+    for what, value, known in (("beta_schedule", schedule, SCHEDULES), ("prediction_type", prediction, PREDICTIONS)):
+        if value not in known:
+            raise UserError(f"{file}: its {what} is {value}; a base needs one of {', '.join(known)}")
+    for name in ("trained_betas", "rescale_betas_zero_snr"):
+        if config.get(name):
+            raise UserError(f"{file}: has {name}, which is not supported; name a base without")
+    return NoiseSchedule(SCHEDULES[schedule], **numbers), PREDICTIONS[prediction]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its advice on loading, which would drown the program's own words."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_part(folder: Path, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """One part of a pipeline folder, frozen and in eval mode.
+
+    Args:
+        folder: the pipeline's.
+        name: a key of `PARTS`.
+        device: where to.
+        dtype: of its weights in memory, whatever they are on disk.
+
+    Raises:
+        UserError: the part is missing, broken, incomplete, or another kind of model.
+    """
+    part = Path(folder) / name
+    if not part.is_dir():
+        raise UserError(f"{part}: no such folder; a base has {', '.join(PARTS)} and scheduler")
+    options = {"local_files_only": True}
+    if name != "tokenizer":
+        options |= {"torch_dtype" if name != "text_encoder" else "dtype": dtype, "output_loading_info": True}
+    try:
+        with quiet():
+            loaded = PARTS[name].from_pretrained(part, **options)
+    except Exception as error:  # both libraries let through whatever they stumble over
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{part}: not a {PARTS[name].__name__} ({reason}); restore it, or name another base") from None
+    if name == "tokenizer":
+        return loaded
+    model, information = loaded
+    if missing := sorted(information["missing_keys"]):
+        raise UserError(f"{part}: lacks {len(missing)} weights ({', '.join(missing[:3])}); restore it")
+    # channels_last is what tensor cores and oneDNN want for convolutions.
+    return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+
+def load_base(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
+    """Read a Stable Diffusion v1 pipeline folder, without network.
+
+    Args:
+        folder: as diffusers' `StableDiffusionPipeline.save_pretrained` writes it; its safety checker is not read.
+        device: of the models.
+        dtype: of their weights in memory, whatever they are on disk.
+
+    Raises:
+        UserError: no such folder, or a part of it is missing, broken or of another kind.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {what}; name a folder that diffusers saved a Stable Diffusion in")
+    schedule, prediction = read_schedule(folder / "scheduler" / "scheduler_config.json")
+    parts = {name: load_part(folder, name, device, dtype) for name in PARTS}
+    width, wanted = parts["text_encoder"].config.hidden_size, parts["unet"].config.cross_attention_dim
+    if width != wanted:
+        raise UserError(f"{folder}: its text encoder gives width {width}, its unet wants {wanted}; mend the folder")
+    return Base(**parts, schedule=schedule, prediction=prediction)
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        UserError: `folder` is a file, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; name a folder to write to")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=folder.parent, prefix=UNFINISHED))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+    try:
+        new, old = stage / "new", stage / "old"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error}); free space or choose another folder") from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def in_half(model: Any) -> Any:
+    """A copy of a model in fp16, as weights are shipped."""
+    return copy.deepcopy(model).to("cpu", torch.float16)
+
+
+def save_part(folder: Path, part: Any, *companions: Any) -> None:
+    """Write one model of diffusers or transformers in fp16 to a folder of its own: all of it, or nothing.
+
+    Args:
+        folder: to write to; what it held is replaced.
+        part: a model, or anything else with `save_pretrained`.
+        companions: what belongs into the same folder, such as a tokenizer.
+
+    Raises:
+        UserError: the folder cannot be written; what was there stays.
+    """
+    with replaced_folder(folder) as new, quiet():
+        for item in (part, *companions):
+            (in_half(item) if isinstance(item, torch.nn.Module) else item).save_pretrained(new)
+
+
+def save_base(folder: Path, base: Base) -> None:
+    """Write a base in fp16 as a folder that `StableDiffusionPipeline.from_pretrained` runs: all of it, or nothing.
+
+    Raises:
+        UserError: the folder cannot be written; what was there stays.
+    """
+    models = {name: in_half(getattr(base, name)) for name in ("vae", "text_encoder", "unet")}
+    theirs = {ours: name for name, ours in SCHEDULES.items()}
+    scheduler = DDIMScheduler(
+        num_train_timesteps=base.schedule.T,
+        beta_start=base.schedule.beta_start,
+        beta_end=base.schedule.beta_end,
+        beta_schedule=theirs[base.schedule.name],
+        prediction_type={ours: name for name, ours in PREDICTIONS.items()}[base.prediction],
+        timestep_spacing="trailing",
+        steps_offset=1,
+        clip_sample=False,
+    )
+    pipeline = StableDiffusionPipeline(
+        **models,
+        tokenizer=base.tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with replaced_folder(folder) as new, quiet():
+        pipeline.save_pretrained(new)
