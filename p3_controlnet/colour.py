@@ -28,18 +28,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {name: ImageColor.getrgb(name.replace
 XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 
 
-def colour_named(name: str) -> tuple[int, int, int]:
-    """The sRGB value, 0 to 255, of a CSS colour name however it is spaced.
-
-    Raises:
-        KeyError: no colour has this name.
-    """
-    if name not in COLOURS and not name.replace(" ", "").isalpha():  # ImageColor would also read "#fff" and "hsl(...)"
-        raise KeyError(name)
-    try:
-        return COLOURS.get(name) or ImageColor.getrgb(name.replace(" ", ""))
-    except ValueError:
-        raise KeyError(name) from None
+def colour_named(name: str) -> tuple[int, int, int] | None:
+    """The sRGB value, 0 to 255, of any CSS colour name however it is spaced; None if there is no such name."""
+    joined = name.replace(" ", "").lower()
+    return ImageColor.getrgb(joined) if joined in ImageColor.colormap else None
 
 
 def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
