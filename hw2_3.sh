@@ -3,7 +3,7 @@
 set -euo pipefail
 
 if (($#)) && [[ $1 != -* ]] && [[ -z $1 || -z ${2:-} || $2 == -* || -z ${3:-} || $3 == -* ]]; then
-    echo "hw2_3.sh: name the table, the hints and the output folder: bash hw2_3.sh JSON SOURCE OUT [SD_CKPT] [--seed 3] ..." >&2
+    echo "hw2_3.sh: name the table, the hints and the output folder: bash hw2_3.sh JSON SOURCE OUT [SD_CKPT] ..." >&2
     exit 2
 fi
 

@@ -1,9 +1,15 @@
-"""A small U-Net with every part of Stable Diffusion's, and ControlNets for it."""
+"""A small Stable Diffusion with every part of the real one, ControlNets for it, and hints."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from p3_controlnet.model import ControlNet
 
@@ -62,3 +68,58 @@ def batch() -> dict[str, torch.Tensor]:
         "context": torch.randn(2, 5, 16, generator=generator),
         "hint": torch.rand(2, 3, 64, 64, generator=generator),
     }
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory) -> Path:
+    """A small Stable Diffusion of random weights, as diffusers saves it: 64x64 pictures, v, a token a letter."""
+    torch.manual_seed(4)
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={token: k for k, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    ids = {"vocab_size": len(tokens), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text_config = CLIPTextConfig(**sizes, **ids)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 8, 8),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.5,
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
+        timestep_spacing="trailing", set_alpha_to_one=True,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("pipeline") / "base"
+    StableDiffusionPipeline(
+        vae=randomised(vae, seed=5), text_encoder=CLIPTextModel(text_config), tokenizer=tokenizer, unet=make_unet(),
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def controlnet_folder(tmp_path_factory) -> Path:
+    """A ControlNet for it, all of whose weights matter."""
+    folder = tmp_path_factory.mktemp("controlnet")
+    randomised(ControlNet.from_unet(make_unet(), HINT_CHANNELS), seed=2).save(folder, {}, fp16=False)
+    return folder
+
+
+@pytest.fixture
+def hint_folder(tmp_path) -> Path:
+    """Five hints of 64x64 in `source/`, each another rectangle, and a table of them as the course tests with."""
+    folder = tmp_path / "data"
+    (folder / "source").mkdir(parents=True)
+    prompts = ["red circle with blue background", "gold circle", "", "snow circle with pink background", "gray"]
+    lines = []
+    for k, prompt in enumerate(prompts):
+        pixels = np.zeros((64, 64, 3), dtype=np.uint8)
+        pixels[8 * k : 8 * k + 30, 10 : 50 - 6 * k] = 255
+        Image.fromarray(pixels).save(folder / "source" / f"{k}.png")
+        lines.append(json.dumps({"source": f"{k}.png", "target": f"{k}.png", "prompt": prompt}))
+    (folder / "prompt.json").write_text("\n".join(lines) + "\n")
+    return folder
