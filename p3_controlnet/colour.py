@@ -25,7 +25,9 @@ NAMES = (
 COLOURS: dict[str, tuple[int, int, int]] = {name: ImageColor.getrgb(name.replace(" ", "")) for name in NAMES}
 
 # IEC 61966-2-1: linear sRGB to XYZ; a row's sum is the white point D65.
-XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
 
 
 def colour_named(name: str) -> tuple[int, int, int] | None:

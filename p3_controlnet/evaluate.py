@@ -1,0 +1,270 @@
+"""Judge drawn circles: do they lie where the hints say, and have they the colours that the prompts name?
+
+python evaluate.py JSON SOURCE OUT        # what hw2_3.sh was given, and what it has drawn
+python evaluate.py                        # what it draws by default
+
+Figures of each picture, then over all of them:
+  iou      area at the centre, hint against picture: intersection over union, the first factor of the course's score
+  discs    the same for every disc of the hint
+  colours  difference of each disc and of the background from the colour named in the prompt (CIEDE2000)
+  score    iou (cos + 1) / 2, where cos compares picture and prompt by CLIP; the course takes the mean of the ten best
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from common.checkpoint import write_atomically
+from common.data import read_image
+from common.errors import Parser, UserError, run
+from common.images import check_output_folder
+from common.pairs import Pair, read_pair_image, read_pairs, usable
+from p3_controlnet.colour import COLOURS, ciede2000, colour_named, rgb_to_lab
+from p3_controlnet.fill50k import read_prompt
+from p3_controlnet.regions import (
+    centre_iou,
+    circle_regions,
+    deepest,
+    hint_regions,
+    intersection_over_union,
+    median_colour,
+    region_at,
+)
+from p3_controlnet.sample import EXAMPLES, OUTPUT
+
+CLIP = Path(__file__).resolve().parent / "weights" / "clip"
+RIGHT = 10.0  # CIEDE2000: up to here a colour counts as the named one
+BEST = 10  # pictures that the course's score is the mean of
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Area:
+    """A disc, or the background, of one picture.
+
+    Attributes:
+        iou: of the hint's disc and the area of one colour at its middle; None for the background.
+        named: its colour's name in the prompt; None if the prompt does not tell.
+        nearest: the name of the colour nearest to its median, among COLOURS.
+        difference: CIEDE2000 between its median and the named colour; None if the prompt does not tell.
+        name_right: whether the nearest name is the prompt's, or another name of the same colour.
+    """
+
+    iou: float | None
+    named: str | None
+    nearest: str
+    difference: float | None
+    name_right: bool | None
+
+    @property
+    def right(self) -> bool | None:
+        """Whether the colour is within CIEDE2000 10 of the named one; None if the prompt does not tell."""
+        return None if self.difference is None else self.difference <= RIGHT
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one picture is worth; `discs` are those of the hint, from left to right."""
+
+    iou: float
+    discs: list[Area]
+    background: Area
+
+    @property
+    def colours_right(self) -> bool | None:
+        """Whether all colours are right; None if the prompt does not tell them all."""
+        rights = [area.right for area in (*self.discs, self.background)]
+        return None if None in rights else all(rights)
+
+
+def wanted_colours(prompt: str, discs: int) -> list[str | None]:
+    """The names that a prompt gives to so many discs, then to the background; None for each that it does not tell."""
+    named, background = read_prompt(prompt) or ([], None)
+    if len(named) == 1:
+        named = named * discs
+    if len(named) != discs:
+        named = [None] * discs
+    return [name if name and colour_named(name) else None for name in (*named, background)]
+
+
+def judge_area(image: np.ndarray, region: np.ndarray, named: str | None, iou: float | None = None) -> Area:
+    """Compare the colour that an image has in a region with the named one."""
+    lab = rgb_to_lab(median_colour(image, region))
+    nearest = list(COLOURS)[ciede2000(lab, rgb_to_lab(list(COLOURS.values()))).argmin()]
+    if named is None:
+        return Area(iou, None, nearest, None, None)
+    true = colour_named(named)
+    return Area(iou, named, nearest, float(ciede2000(lab, rgb_to_lab(true))), COLOURS[nearest] == true)
+
+
+def judge(hint: np.ndarray, image: np.ndarray, prompt: str) -> Judgement:
+    """Judge one picture by its hint and its prompt; both images are uint8 (H, W, 3) of one size."""
+    regions, background = circle_regions(hint_regions(hint))
+    *names, background_name = wanted_colours(prompt, len(regions))
+    ious = [intersection_over_union(region, region_at(image, deepest(region))) for region in regions]
+    discs = [judge_area(image, *disc) for disc in zip(regions, names, ious)]
+    return Judgement(centre_iou(hint, image), discs, judge_area(image, background, background_name))
+
+
+class Clip:
+    """Cosines of images and prompts by a CLIP model in a local folder, such as ViT-B/32's or the project's own.
+
+    Raises:
+        UserError: the folder does not hold a model, a tokenizer and an image processor in transformers' format.
+    """
+
+    def __init__(self, folder: Path):
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder}: no such folder; name one with a CLIP model in transformers' format")
+        local = {"local_files_only": True}
+        try:
+            model, info = CLIPModel.from_pretrained(folder, output_loading_info=True, **local)
+            self.tokenizer = CLIPTokenizer.from_pretrained(folder, **local)
+            self.processor = CLIPImageProcessor.from_pretrained(folder, **local)
+            if info["missing_keys"] or len(self.tokenizer) != model.config.text_config.vocab_size:
+                # transformers would go on with random weights, or without the words.
+                raise ValueError("weights are missing, or the tokenizer is another model's")
+        except Exception as error:  # the reader stumbles in many ways over what is missing: OSError, TypeError, ...
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"{folder}: not a CLIP folder in transformers' format ({reason}); name another") from None
+        self.model = model.float().eval()
+
+    @torch.inference_mode()
+    def cosines(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float]:
+        """The cosine of each image, uint8 (H, W, 3), and its prompt. Prompts that are too long are cut."""
+        cosines = []
+        for i in range(0, len(images), BATCH):
+            tokens = self.tokenizer(
+                list(prompts[i : i + BATCH]),
+                padding=True,
+                truncation=True,
+                max_length=self.model.config.text_config.max_position_embeddings,
+                return_tensors="pt",
+            )
+            pictures = [image.copy() for image in images[i : i + BATCH]]  # torch warns of arrays it may not write to
+            pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+            output = self.model(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels
+            )
+            cosines += (output.image_embeds * output.text_embeds).sum(dim=-1).tolist()
+        return cosines
+
+
+def course_score(iou: Sequence[float], cosines: Sequence[float], best: int | None = BEST) -> float:
+    """The course's score: the mean of iou (cos + 1) / 2 over the best pictures, or with None over all."""
+    scores = sorted((a * (cos + 1) / 2 for a, cos in zip(iou, cosines)), reverse=True)[:best]
+    return sum(scores) / len(scores)
+
+
+def mean(values: Sequence[float | bool | None]) -> float | None:
+    """The mean of what is known, which for truth values is the share of true ones; None if nothing is."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def summary(judgements: Sequence[Judgement], cosines: Sequence[float] | None = None) -> dict[str, Any]:
+    """Figures over all pictures; those that no prompt or hint could give are None."""
+    discs = [disc for judgement in judgements for disc in judgement.discs]
+    backgrounds = [judgement.background for judgement in judgements]
+    figures: dict[str, Any] = {"images": len(judgements), "iou": mean([j.iou for j in judgements])}
+    figures["disc_iou"] = mean([disc.iou for disc in discs])
+    for name, areas in (("disc", discs), ("background", backgrounds)):
+        figures[f"{name}_difference"] = mean([area.difference for area in areas])
+        figures[f"{name}_right"] = mean([area.right for area in areas])
+        figures[f"{name}_name_right"] = mean([area.name_right for area in areas])
+    figures["colours_right"] = mean([j.colours_right for j in judgements])
+    if cosines is not None:
+        iou = [j.iou for j in judgements]
+        figures["cosine"] = mean(cosines)
+        figures["score_best"] = course_score(iou, cosines)
+        figures["score_all"] = course_score(iou, cosines, best=None)
+    return figures
+
+
+def read_drawn(pair: Pair, source: Path, out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The hint and the picture of one line, both uint8 (H, H, 3): a picture of another size is brought to the hint's.
+
+    Raises:
+        UserError: one of them is missing or no image; with the table's line.
+    """
+    hint = read_pair_image(pair, source, size=None)
+    side = max(hint.shape[:2])
+    hint = read_pair_image(pair, source, side)
+    return hint, read_image(out / pair.target, side, f"{pair.where}: ")
+
+
+def report(names: Sequence[str], judgements: Sequence[Judgement], cosines: Sequence[float] | None) -> None:
+    """Print a row a picture."""
+    width = max(map(len, names))
+    print(f"{'':<{width}}    iou  discs               CIEDE2000: discs, background   cos")
+    for i, (name, judgement) in enumerate(zip(names, judgements)):
+        ious = " ".join(f"{disc.iou:.3f}" for disc in judgement.discs)
+        areas = (*judgement.discs, judgement.background)
+        differences = " ".join("    -" if area.difference is None else f"{area.difference:5.1f}" for area in areas)
+        cos = "" if cosines is None else f"{cosines[i]:.3f}"
+        print(f"{name:<{width}}  {judgement.iou:.3f}  {ious:<18}  {differences:<28}  {cos}".rstrip())
+
+
+def parse_arguments(argv: list[str] | None = None):
+    parser = Parser(prog="evaluate.py", description=__doc__)
+    parser.add_argument(
+        "table", type=Path, nargs="?", default=EXAMPLES / "prompt.json", metavar="JSON", help="what was drawn"
+    )
+    parser.add_argument("source", type=Path, nargs="?", default=EXAMPLES, metavar="SOURCE", help="folder of the hints")
+    parser.add_argument("out", type=Path, nargs="?", default=OUTPUT, metavar="OUT", help="folder of the pictures")
+    parser.add_argument(
+        "--clip", type=Path, metavar="FOLDER", help="CLIP model (default: the project's, if it is there)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    parser.add_argument("--keep-going", action="store_true", help="leave out lines that cannot be judged")
+    return parser.parse_args(argv)
+
+
+def main(args) -> dict[str, Any]:
+    """Judge, print, and return the figures: "summary" over all pictures, and "images", a dictionary each.
+
+    Raises:
+        UserError: a bad line, hint or picture, a folder without a CLIP model, or a file that cannot be written.
+    """
+    if args.json:
+        check_output_folder(args.json.parent)
+    folder = args.clip or (CLIP if CLIP.is_dir() else None)
+    clip = Clip(folder) if folder else None
+    pairs, pictures, judgements = [], [], []
+
+    def judge_pair(pair: Pair) -> None:
+        hint, picture = read_drawn(pair, args.source, args.out)
+        judgements.append(judge(hint, picture, pair.prompt))
+        pictures.append(picture)
+        pairs.append(pair)
+
+    usable(judge_pair, read_pairs(args.table, args.keep_going), args.keep_going)
+    cosines = clip.cosines(pictures, [pair.prompt for pair in pairs]) if clip else None
+    report([pair.target for pair in pairs], judgements, cosines)
+    figures = summary(judgements, cosines)
+    print()
+    for name, value in figures.items():
+        print(f"{name:<22}" + (f"{value:9.4f}" if isinstance(value, float) else f"{value!s:>9}"))
+    images = [
+        {"target": pair.target, "prompt": pair.prompt, "colours_right": judgement.colours_right} | asdict(judgement)
+        for pair, judgement in zip(pairs, judgements)
+    ]
+    for image, cosine in zip(images, cosines or []):
+        image["cosine"] = cosine
+    result = {"summary": figures, "images": images}
+    if args.json:
+        write_atomically(args.json, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
+    return result
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())
