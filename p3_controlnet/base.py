@@ -57,7 +57,7 @@ class Base:
         """Where the models are."""
         return self.vae.device
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], where: Sequence[str] | None = None) -> Tensor:
         """What the U-Net attends to for each prompt: the text encoder's last hidden states (N, tokens, width).
 
@@ -79,9 +79,9 @@ class Base:
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
         ).input_ids.to(self.device)
-        return torch.cat([self.text_encoder(part).last_hidden_state for part in tokens.split(PROMPTS_AT_ONCE)]).clone()
+        return torch.cat([self.text_encoder(part).last_hidden_state for part in tokens.split(PROMPTS_AT_ONCE)])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents of images: the posterior's mean times the scaling factor (Rombach et al. 2022, appendix G).
 
@@ -94,7 +94,7 @@ class Base:
         mean = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist.mean
         return mean * self.vae.config.scaling_factor
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 8) -> Tensor:
         """Images of latents, decoded `batch_size` at a time: float32 (N, 3, H, W) in [-1, 1]."""
         latents = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)

@@ -33,8 +33,7 @@ from p3_controlnet.miniature import SIZE, make_vae
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_EVERY = 11  # every eleventh image is kept for validation; odd, as one circle and two take turns
 SHOWN = 8  # images a sample grid
-CROP = SIZE // 2  # pixels
-WHOLE = 0.15  # share of the VAE's steps, at the end, that see whole images and no crops
+CROPS = ((0.8, SIZE // 4), (0.95, SIZE // 2), (1.0, SIZE))  # up to which share of its steps the VAE sees which size
 FLAT = 0.01  # a colour of so much of a picture's area is one of its flat areas, no shade of an edge
 
 
@@ -113,7 +112,7 @@ def train_vae(args, options: TrainingOptions, train: tuple[list[Pair], Tensor], 
 
     The loss is `reconstruction_loss` plus a little of the latents' Kullback-Leibler divergence from a standard normal
     (Rombach et al. 2022, section 3.1; without its perceptual and adversarial terms, which flat colours don't need).
-    Most steps see crops, which show as many colours as whole images for a quarter of the work.
+    Most steps see crops: they show as many colours as whole images for a sixteenth of the work.
     """
     torch.manual_seed(options.seed)
     model = RoundTrip(make_vae())
@@ -122,7 +121,7 @@ def train_vae(args, options: TrainingOptions, train: tuple[list[Pair], Tensor], 
 
     def make_batch(step: int, generator: torch.Generator) -> Batch:
         index = shuffled_indices(len(images), options.seed, step * options.batch_size, options.batch_size)
-        size = CROP if step < (1 - WHOLE) * options.steps else SIZE
+        size = next(size for share, size in CROPS if step < share * options.steps)
         x0 = to_unit_range(random_crops(images[index], size, generator))
         return {"x0": x0, "eps": torch.randn(len(index), channels, *[size // factor] * 2, generator=generator)}
 
@@ -181,7 +180,7 @@ def read_data(folder: Path) -> tuple[tuple[list[Pair], Tensor], tuple[list[Pair]
 
 
 STAGES = {
-    "vae": (train_vae, {"steps": 6000, "batch_size": 16, "lr": 2e-3}),
+    "vae": (train_vae, {"steps": 3500, "batch_size": 64, "lr": 6e-4}),
 }
 
 
