@@ -9,6 +9,7 @@ Each writes its part of OUT/pipeline, a folder that diffusers' StableDiffusionPi
 two. Running a command again resumes where it stopped.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def train_vae(args, options: TrainingOptions, train: tuple[list[Pair], Tensor], 
         restored, _ = round_trip(averaged, kept[:SHOWN])
         return grid(torch.cat([kept[:SHOWN], to_uint8(restored)]), columns=SHOWN)
 
-    about = {"kind": "AutoencoderKL", "config": dict(model.vae.config)}
+    about = {"kind": "AutoencoderKL", "config": json.loads(model.vae.to_json_string())}
     notes = {"kl_weight": args.kl_weight}
     trainer = Trainer(model, options, args.out / "vae", about, make_batch, loss_fn, validate, sample, notes)
     averaged = trainer.run()
