@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging
 
 from common.checkpoint import UNFINISHED
 from common.errors import UserError
@@ -126,16 +129,19 @@ def read_schedule(file: Path) -> tuple[NoiseSchedule, str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and its advice on loading, which would drown the program's own words."""
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    """Without the libraries' progress bars and advice, which would drown the program's own words."""
+    libraries = diffusers.utils.logging, transformers.utils.logging
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
+        for library, (verbosity, bar) in zip(libraries, before):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
 
 
 def load_part(folder: Path, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
@@ -213,10 +219,14 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         new, old = stage / "new", stage / "old"
         new.mkdir()
         yield new
+        umask = os.umask(0)
+        os.umask(umask)
+        for file in new.rglob("*.safetensors"):
+            file.chmod(0o666 & ~umask)  # safetensors makes its files private
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error}); free space or choose another folder") from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -249,7 +259,6 @@ def save_base(folder: Path, base: Base) -> None:
     Raises:
         UserError: the folder cannot be written; what was there stays.
     """
-    models = {name: in_half(getattr(base, name)) for name in ("vae", "text_encoder", "unet")}
     theirs = {ours: name for name, ours in SCHEDULES.items()}
     scheduler = DDIMScheduler(
         num_train_timesteps=base.schedule.T,
@@ -261,13 +270,12 @@ def save_base(folder: Path, base: Base) -> None:
         steps_offset=1,
         clip_sample=False,
     )
-    pipeline = StableDiffusionPipeline(
-        **models,
-        tokenizer=base.tokenizer,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
     with replaced_folder(folder) as new, quiet():
-        pipeline.save_pretrained(new)
+        StableDiffusionPipeline(
+            **{name: in_half(getattr(base, name)) for name in ("vae", "text_encoder", "unet")},
+            tokenizer=base.tokenizer,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(new)

@@ -4,11 +4,22 @@ The parts are of the classes that Stable Diffusion v1 is made of, so whatever ru
 given few channels and small grids many: that is where a processor's cores work best.
 """
 
-from diffusers import AutoencoderKL
+import json
+from collections.abc import Iterable
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from torch import nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 SIZE = 128  # pixels; the VAE makes a latent of 16x16 of them
+TOKENS = 77  # the longest prompt
+CONTEXT_WIDTH = 96
+VOCABULARY = 2000  # at most; the words of all colours need about half
 
 
 def let_colours_pass(vae: AutoencoderKL) -> None:
@@ -49,3 +60,67 @@ def make_vae(widths: tuple[int, ...] = (8, 16, 64, 64)) -> AutoencoderKL:
     )
     let_colours_pass(vae)
     return vae
+
+
+def make_tokenizer(prompts: Iterable[str]) -> CLIPTokenizer:
+    """CLIP's tokenizer with a vocabulary of its own: byte pairs merged until every word of the prompts is one token.
+
+    Words that are not in them are spelled with smaller pieces; capital letters become small ones.
+    """
+    like = CLIPTokenizer().backend_tokenizer
+    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    learner.normalizer, learner.pre_tokenizer = like.normalizer, like.pre_tokenizer
+    alphabet = sorted(ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY,
+        min_frequency=1,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    learner.train_from_iterator(prompts, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    # The learner knows only the word ends that it saw; with all of them any text can be spelled.
+    pieces = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    tokens = dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"])
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+
+
+def make_clip(tokenizer: CLIPTokenizer, width: int = CONTEXT_WIDTH, layers: int = 3) -> CLIPModel:
+    """CLIP, untrained: its text tower gives the contexts; 0.7 million parameters."""
+    tower = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "projection_dim": width,
+    }
+    text = tower | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = tower | {"image_size": SIZE, "patch_size": SIZE // 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
+
+
+def make_image_processor() -> CLIPImageProcessor:
+    """What CLIP's image tower sees of a picture: all of it, from -1 to 1."""
+    return CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def make_unet(widths: tuple[int, int] = (64, 112), context_width: int = CONTEXT_WIDTH) -> UNet2DConditionModel:
+    """The U-Net, untrained: 16x16 latents and 77 tokens; 3.2 million parameters, attention on the 8x8 grid alone."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 8,
+        block_out_channels=widths,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=16,
+        cross_attention_dim=context_width,
+        attention_head_dim=4,  # diffusers' name for how many heads there are
+    )

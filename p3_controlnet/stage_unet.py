@@ -1,0 +1,112 @@
+"""The third stage of the miniature: a U-Net that draws what a prompt says at a place of its own choosing."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.data import shuffled_indices, stratified_timesteps
+from common.images import grid, to_uint8
+from common.losses import diffusion_loss
+from common.runtime import pick_device, seeded_generator
+from common.sampling import ImageNoise, draw, guided
+from common.schedule import NoiseSchedule
+from common.training import Batch, Trainer
+from common.training_options import TrainingOptions
+from p3_controlnet.base import Base, load_part, save_base
+from p3_controlnet.cache import encode_pairs
+from p3_controlnet.colour import ciede2000, colour_named, rgb_to_lab
+from p3_controlnet.fill50k import read_prompt
+from p3_controlnet.miniature import make_unet
+from p3_controlnet.pictures import Pictures
+
+SHOWN, JUDGED = 16, 64  # pictures a sample grid, and to measure the finished U-Net by
+STEPS, GUIDANCE = 20, 2.0
+RIGHT = 10.0  # CIEDE2000 up to which a colour is the named one
+SEEN = 0.01  # of the area a colour must have
+
+
+def called_with_context(unet: nn.Module) -> Callable[..., Tensor]:
+    """The U-Net as the loss and the sampler call it: network(xt, t, context=...)."""
+    return lambda xt, t, context: unet(xt, t, encoder_hidden_states=context).sample
+
+
+def draw_prompts(base: Base, unet: nn.Module, prompts: Sequence[str], steps: int = STEPS) -> Tensor:
+    """One picture for each prompt, always from the same noise: uint8 (N, 3, H, W)."""
+    context = base.encode_prompts(prompts).float()
+    null = base.encode_prompts([""]).float().expand_as(context)
+    side = unet.config.sample_size
+    xt = ImageNoise([(0, k) for k in range(len(prompts))]).draw((unet.config.in_channels, side, side), base.device)
+    denoise = guided(called_with_context(unet), {"context": context}, {"context": null}, GUIDANCE)
+    latents = draw(denoise, base.schedule, xt, base.schedule.timesteps(steps), base.prediction, clip_x0=False)
+    return to_uint8(base.decode(latents))
+
+
+def shows_named_colours(image: Tensor, prompt: str) -> bool:
+    """Whether every colour that a prompt names covers a part of the picture.
+
+    Args:
+        image: uint8 (3, H, W).
+        prompt: a sentence of fill50k; any other gives False.
+    """
+    if not (named := read_prompt(prompt)):
+        return False
+    pixels = rgb_to_lab(image.permute(1, 2, 0).numpy())
+    wanted = [rgb_to_lab(colour_named(name)) for name in (*named[0], named[1])]
+    return all((ciede2000(pixels, colour) <= RIGHT).mean() >= SEEN for colour in wanted)
+
+
+def train_unet(args: argparse.Namespace, options: TrainingOptions, train: Pictures, held_out: Pictures) -> Path:
+    """Train the U-Net on cached latents and contexts; complete OUT/pipeline, and return it.
+
+    Raises:
+        UserError: OUT/pipeline lacks the other parts.
+    """
+    folder = args.out / "pipeline"
+    device = pick_device(options.device)
+    torch.manual_seed(options.seed)
+    unet = make_unet()
+    parts = {name: load_part(folder, name, device) for name in ("vae", "text_encoder", "tokenizer")}
+    base = Base(**parts, unet=unet, schedule=NoiseSchedule("cosine"), prediction="v")
+    run = args.out / "stages" / "unet"
+    cache = encode_pairs(base, train.pairs, train.images, run / "train_cache.safetensors")
+    kept = encode_pairs(base, held_out.pairs, held_out.images, run / "held_out_cache.safetensors")
+
+    def batch_of(index: Tensor, of, generator: torch.Generator, drop: float) -> Batch:
+        x0, context = of.take(index, torch.rand(len(index), generator=generator) < drop)
+        t = stratified_timesteps(len(index), base.schedule.T, generator)
+        return {"x0": x0, "context": context, "t": t, "eps": torch.randn(x0.shape, generator=generator)}
+
+    def make_batch(step: int, generator: torch.Generator) -> Batch:
+        index = shuffled_indices(len(cache), options.seed, step * options.batch_size, options.batch_size)
+        return batch_of(index, cache, generator, args.prompt_drop)
+
+    validation_batch = batch_of(torch.arange(min(256, len(kept))), kept, seeded_generator(0, 3), drop=0.0)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        return diffusion_loss(called_with_context(model), batch, base.schedule, base.prediction, args.min_snr_gamma)
+
+    def validate(averaged: nn.Module) -> Tensor:
+        return loss_fn(averaged, {name: tensor.to(device) for name, tensor in validation_batch.items()})
+
+    prompts = [pair.prompt for pair in held_out.pairs]
+
+    def sample(averaged: nn.Module) -> Tensor:
+        return grid(draw_prompts(base, averaged, prompts[:SHOWN], steps=10), columns=SHOWN // 2)
+
+    about = {"kind": "UNet2DConditionModel", "config": json.loads(unet.to_json_string())}
+    notes = {"prompt_drop": args.prompt_drop, "min_snr_gamma": args.min_snr_gamma}
+    trainer = Trainer(unet, options, run, about, make_batch, loss_fn, validate, sample, notes)
+    averaged = trainer.run()
+    if trainer.accelerator.is_main_process:
+        with torch.no_grad(), trainer.accelerator.autocast():
+            images = draw_prompts(base, averaged, prompts[:JUDGED])
+        right = np.mean([shows_named_colours(image, prompt) for image, prompt in zip(images, prompts)])
+        save_base(folder, Base(**parts, unet=averaged, schedule=base.schedule, prediction=base.prediction))
+        print(f"{folder}: {right:.1%} of {len(images)} pictures show all colours that their held-out prompts name")
+    trainer.accelerator.end_training()
+    return folder
