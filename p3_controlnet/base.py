@@ -18,7 +18,7 @@ import transformers.utils.logging
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from common.checkpoint import UNFINISHED
 from common.errors import UserError
@@ -159,9 +159,12 @@ def load_part(folder: Path, name: str, device: torch.device | str = "cpu", dtype
     part = Path(folder) / name
     if not part.is_dir():
         raise UserError(f"{part}: no such folder; a base has {', '.join(PARTS)} and scheduler")
+    # Without its files transformers makes up a tokenizer that knows no word.
+    if name == "tokenizer" and not any((part / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"{part}: holds neither tokenizer.json nor vocab.json; restore it, or name another base")
     options = {"local_files_only": True}
     if name != "tokenizer":
-        options |= {"torch_dtype" if name != "text_encoder" else "dtype": dtype, "output_loading_info": True}
+        options |= {"dtype": dtype, "output_loading_info": True}
     try:
         with quiet():
             loaded = PARTS[name].from_pretrained(part, **options)
@@ -237,6 +240,13 @@ def in_half(model: Any) -> Any:
     return copy.deepcopy(model).to("cpu", torch.float16)
 
 
+def compute_in_fp32(folder: Path) -> None:
+    """Let transformers compute a saved model in fp32 unless told otherwise, as diffusers does with its own models."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | {"dtype": "float32"}
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def save_part(folder: Path, part: Any, *companions: Any) -> None:
     """Write one model of diffusers or transformers in fp16 to a folder of its own: all of it, or nothing.
 
@@ -251,6 +261,8 @@ def save_part(folder: Path, part: Any, *companions: Any) -> None:
     with replaced_folder(folder) as new, quiet():
         for item in (part, *companions):
             (in_half(item) if isinstance(item, torch.nn.Module) else item).save_pretrained(new)
+        if isinstance(part, PreTrainedModel):
+            compute_in_fp32(new)
 
 
 def save_base(folder: Path, base: Base) -> None:
@@ -279,3 +291,4 @@ def save_base(folder: Path, base: Base) -> None:
             feature_extractor=None,
             requires_safety_checker=False,
         ).save_pretrained(new)
+        compute_in_fp32(new / "text_encoder")
