@@ -21,14 +21,13 @@ from common.errors import Parser, UserError, run
 from common.images import captioned, grid, save_png, staged
 from common.pairs import Pair, read_hints, read_pairs
 from p3_controlnet.make_examples import TWO
-from p3_controlnet.model import ControlNet
+from p3_controlnet.model import ControlNet, check_fit
 from p3_controlnet.sample import (
     BASE,
     EXAMPLES,
     HERE,
     HintSampler,
     add_sampling_arguments,
-    check_fit,
     sampler_from,
 )
 

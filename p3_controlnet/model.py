@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from common.checkpoint import half, load_model_file, load_strictly, load_tensors, save_tensors, write_atomically
 from common.errors import UserError
 from common.layers import zeroed
+from p3_controlnet.base import Base
 from p3_controlnet.unet import encode
 
 COPIED = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
@@ -267,3 +268,20 @@ def read_config(path: Path) -> dict[str, Any]:
     if found != "ControlNetModel":
         raise UserError(f"{path}: describes a {found}, not a ControlNetModel; name a ControlNet's folder")
     return config
+
+
+def check_fit(controlnet: ControlNet, base: Base, source: str) -> None:
+    """Make sure that a ControlNet steers this base.
+
+    Raises:
+        UserError: it was made for a U-Net of other sizes, or for latents of another factor.
+    """
+    for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
+        theirs, ours = getattr(controlnet.config, name), base.unet.config[name]
+        if theirs != (tuple(ours) if isinstance(ours, list) else ours):
+            raise UserError(f"{source}: is for a base with {name} {theirs}, not {ours}; name one for this base")
+    if controlnet.config.hint_factor != base.factor:
+        raise UserError(
+            f"{source}: its hints have {controlnet.config.hint_factor} pixels a latent, the base has {base.factor};"
+            " name one for this base"
+        )
