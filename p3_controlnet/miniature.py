@@ -4,22 +4,20 @@ The parts are of the classes that Stable Diffusion v1 is made of, so whatever ru
 given few channels and small grids many: that is where a processor's cores work best.
 """
 
-import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 SIZE = 128  # pixels; the VAE makes a latent of 16x16 of them
 TOKENS = 77  # the longest prompt
 CONTEXT_WIDTH = 96
-VOCABULARY = 2000  # at most; the words of all colours need about half
+MERGES = 1500  # at most; the words of all colours need a fourth of them
 
 
 def let_colours_pass(vae: AutoencoderKL) -> None:
@@ -62,25 +60,49 @@ def make_vae(widths: tuple[int, ...] = (8, 16, 64, 64)) -> AutoencoderKL:
     return vae
 
 
+def learn_merges(words: Mapping[str, int], most: int) -> list[tuple[str, str]]:
+    """The pairs that byte-pair encoding merges, in their order (Sennrich et al. 2016, algorithm 1).
+
+    The tokenizers library would learn them too, but breaks ties in another way in every process, and a run that is
+    resumed needs the tokens that it began with.
+
+    Args:
+        words: how often each comes.
+        most: how many pairs at most; all are merged, and each word is one token, where it is large.
+    """
+    spelled = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
+    merges = []
+    while len(merges) < most:
+        counts = Counter()
+        for word, pieces in spelled.items():
+            for pair in pairwise(pieces):
+                counts[pair] += words[word]
+        if not counts:
+            break
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        for pieces in spelled.values():
+            k = 0
+            while k < len(pieces) - 1:
+                if (pieces[k], pieces[k + 1]) == best:
+                    pieces[k : k + 2] = ["".join(best)]
+                k += 1
+    return merges
+
+
 def make_tokenizer(prompts: Iterable[str]) -> CLIPTokenizer:
-    """CLIP's tokenizer with a vocabulary of its own: byte pairs merged until every word of the prompts is one token.
+    """CLIP's tokenizer with a vocabulary of its own, in which every word of the prompts is one token.
 
     Words that are not in them are spelled with smaller pieces; capital letters become small ones.
     """
     like = CLIPTokenizer().backend_tokenizer
-    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    learner.normalizer, learner.pre_tokenizer = like.normalizer, like.pre_tokenizer
+    words = Counter()
+    for prompt, count in Counter(prompts).items():
+        for word, _ in like.pre_tokenizer.pre_tokenize_str(like.normalizer.normalize_str(prompt)):
+            words[word] += count
+    merges = learn_merges(words, MERGES)
     alphabet = sorted(ByteLevel.alphabet())
-    trainer = BpeTrainer(
-        vocab_size=VOCABULARY,
-        min_frequency=1,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    learner.train_from_iterator(prompts, trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    # The learner knows only the word ends that it saw; with all of them any text can be spelled.
+    # With every letter also as a word's end any text can be spelled.
     pieces = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
     tokens = dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"])
     vocabulary = {token: number for number, token in enumerate(tokens)}

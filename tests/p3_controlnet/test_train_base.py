@@ -1,0 +1,216 @@
+"""The miniature's three stages, with still smaller parts: what each leaves, resume, bad input."""
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+from common.checkpoint import load_tensors
+from common.data import to_unit_range
+from common.errors import UserError
+from common.training import Trainer
+from p3_controlnet import fill50k, miniature, stage_clip, stage_unet, stage_vae
+from p3_controlnet.base import load_base
+from p3_controlnet.pictures import read_pictures
+from p3_controlnet.train_base import main, parse_arguments
+
+SMALL = [
+    *("--batch-size", "4", "--steps", "4", "--warmup", "2", "--lr", "2e-3", "--precision", "fp32", "--device", "cpu"),
+    *("--log-every", "1", "--save-every", "2", "--validate-every", "2", "--sample-every", "4"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Forty-four pictures, of which four are held out."""
+    folder = tmp_path_factory.mktemp("circles")
+    fill50k.main(fill50k.parse_arguments([str(folder), "--count", "44"]))
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def smaller():
+    """Parts of a few thousand parameters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_vae, "make_vae", partial(miniature.make_vae, (4, 4, 8, 8)))
+        patch.setattr(stage_clip, "make_clip", partial(miniature.make_clip, width=16, layers=1))
+        patch.setattr(stage_unet, "make_unet", partial(miniature.make_unet, (16, 32), 16))
+        patch.setattr(stage_unet, "STEPS", 2)
+        yield
+
+
+def train(stage, data, out, *flags):
+    return main(parse_arguments([stage, "--data", str(data), "--out", str(out), *SMALL, *flags]))
+
+
+def metrics(folder):
+    """The log without its timings."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """All stages, four steps each."""
+    out = tmp_path_factory.mktemp("base")
+    for stage in ("vae", "clip", "unet"):
+        train(stage, data, out)
+    return out
+
+
+def test_the_stages_leave_a_pipeline_a_clip_and_their_logs(finished):
+    assert {path.name for path in finished.iterdir()} == {"pipeline", "clip", "stages"}
+    parts = {"vae", "text_encoder", "tokenizer", "unet", "scheduler", "model_index.json"}
+    assert {path.name for path in (finished / "pipeline").iterdir()} == parts
+    for stage in ("vae", "clip", "unet"):
+        losses = [line["loss"] for line in metrics(finished / "stages" / stage) if "loss" in line]
+        assert len(losses) == 4
+        assert any("validation_loss" in line for line in metrics(finished / "stages" / stage))
+    with Image.open(finished / "stages" / "vae" / "samples_00000004.png") as picture:
+        assert picture.size == (4 * 130 + 2, 2 * 130 + 2)
+
+
+def test_diffusers_runs_the_pipeline(finished):
+    pipeline = StableDiffusionPipeline.from_pretrained(finished / "pipeline", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert {model.dtype for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    image = pipeline("red circle with blue background", num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 128, 128, 3)
+
+
+def test_the_clip_folder_holds_the_pipelines_text_encoder(finished):
+    clip, information = CLIPModel.from_pretrained(finished / "clip", local_files_only=True, output_loading_info=True)
+    assert not information["missing_keys"]
+    assert clip.dtype == torch.float32
+    base = load_base(finished / "pipeline")
+    theirs, ours = clip.text_model.state_dict(), base.text_encoder.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    prompt = "red circle with blue background"
+    processor = CLIPProcessor.from_pretrained(finished / "clip", local_files_only=True)
+    inputs = processor(text=[prompt], images=Image.new("RGB", (128, 128), (255, 0, 51)), return_tensors="pt")
+    assert inputs["input_ids"][0].tolist() == base.tokenizer(prompt).input_ids
+    assert inputs["pixel_values"].shape == (1, 3, 128, 128)
+    wanted = torch.tensor([1.0, -1.0, -0.6])
+    assert (inputs["pixel_values"].mean(dim=(0, 2, 3)) - wanted).abs().max() <= 1e-5
+    assert -1 <= (clip(**inputs).logits_per_image / clip.logit_scale.exp()).item() <= 1
+
+
+def test_the_scaling_factor_makes_latents_of_unit_variance(finished, data):
+    train_pictures, _ = read_pictures(data, 128).split()
+    latents = load_base(finished / "pipeline").encode_images(to_unit_range(train_pictures.images))
+    assert latents.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_resumed_stages_take_the_same_steps(finished, data, tmp_path, monkeypatch):
+    """In every bit; the kill comes a step after the last save."""
+    whole_step = Trainer.take_step
+
+    def killed(trainer):
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        return whole_step(trainer)
+
+    for stage in ("vae", "clip", "unet"):
+        monkeypatch.setattr(Trainer, "take_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(stage, data, tmp_path)
+        monkeypatch.setattr(Trainer, "take_step", whole_step)
+        train(stage, data, tmp_path)
+        assert metrics(tmp_path / "stages" / stage) == metrics(finished / "stages" / stage)
+        one, other = (
+            load_tensors(out / "stages" / stage / "state_00000004.safetensors")[0] for out in (tmp_path, finished)
+        )
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    for name in ("vae/diffusion_pytorch_model", "text_encoder/model", "unet/diffusion_pytorch_model"):
+        file = f"pipeline/{name}.safetensors"
+        assert (tmp_path / file).read_bytes() == (finished / file).read_bytes()
+
+
+def test_an_earlier_part_may_be_trained_again(finished, data, tmp_path):
+    """The cache follows, and the other parts stay."""
+    out = shutil.copytree(finished, tmp_path / "base")
+    before = load_tensors(out / "stages" / "unet" / "train_cache.safetensors")[0]["latents"]
+    shutil.rmtree(out / "stages" / "vae")
+    train("vae", data, out, "--seed", "1")
+    assert (out / "pipeline" / "model_index.json").exists()
+    shutil.rmtree(out / "pipeline" / "unet")
+    train("unet", data, out, "--steps", "5")
+    after = load_tensors(out / "stages" / "unet" / "train_cache.safetensors")[0]["latents"]
+    assert not torch.equal(before, after)
+    load_base(out / "pipeline")
+
+
+def test_the_vae_learns(data, tmp_path, capsys):
+    folder = train("vae", data, tmp_path, "--steps", "40", "--validate-every", "40", "--save-every", "40")
+    losses = [line["loss"] for line in metrics(tmp_path / "stages" / "vae") if "loss" in line]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{folder}: after a round trip of 4 held-out images")
+
+
+def test_clip_learns(data, tmp_path):
+    train("clip", data, tmp_path, "--steps", "60", "--batch-size", "8", "--validate-every", "60", "--save-every", "60")
+    losses = [line["loss"] for line in metrics(tmp_path / "stages" / "clip") if "loss" in line]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_the_unet_learns(finished, data, tmp_path):
+    shutil.copytree(finished / "pipeline", tmp_path / "pipeline")
+    train("unet", data, tmp_path, "--steps", "40", "--batch-size", "8", "--validate-every", "40", "--save-every", "40")
+    losses = [line["loss"] for line in metrics(tmp_path / "stages" / "unet") if "loss" in line]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "complaint"),
+    [
+        ("unet", [], "{tmp}/out/pipeline/vae: no such folder; a base has"),
+        ("vae", ["--data", "{tmp}/absent"], "{tmp}/absent/prompt.json: no such file"),
+        ("clip", ["--data", "{tmp}/few"], "{tmp}/few/prompt.json: lists 3 pictures; give at least 11"),
+        ("vae", ["--data", "{tmp}/broken"], "{tmp}/broken/prompt.json line 12: {tmp}/broken/target/11.png: no such"),
+        ("vae", ["--kl-weight", "-1"], "--kl-weight -1.0: must be at least 0"),
+        ("unet", ["--prompt-drop", "1.5"], "--prompt-drop 1.5: must be between 0 and 1"),
+        ("unet", ["--min-snr-gamma", "nan"], "--min-snr-gamma nan: must be at least 0"),
+        ("vae", ["--steps", "0"], "--steps 0: must be above 0"),
+        ("clip", ["--device", "cuda:77"], "--device cuda:77: "),
+        ("clip", ["--out", "{tmp}/few/prompt.json"], "{tmp}/few/prompt.json"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(data, tmp_path, stage, flags, complaint):
+    lines = (data / "prompt.json").read_text().splitlines(keepends=True)
+    for name, count in (("few", 3), ("broken", 12)):
+        (tmp_path / name / "target").mkdir(parents=True)
+        (tmp_path / name / "prompt.json").write_text("".join(lines[:count]))
+        for k in range(11):
+            shutil.copy(data / "target" / f"{k}.png", tmp_path / name / "target")
+    with pytest.raises(UserError) as caught:
+        train(stage, data, tmp_path / "out", *(flag.replace("{tmp}", str(tmp_path)) for flag in flags))
+    assert str(caught.value).startswith(complaint.replace("{tmp}", str(tmp_path)))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_bad_stages_are_refused_in_one_line(capsys):
+    for flags in ([], ["controlnet"], ["vae", "--prompt-drop", "0.1"]):
+        with pytest.raises(SystemExit) as caught:
+            parse_arguments(flags)
+        assert caught.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_help_shows_the_order(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    shown = capsys.readouterr().out
+    places = [shown.index(f"python train_base.py {stage}") for stage in ("vae", "clip", "unet")]
+    assert places == sorted(places)
+    with pytest.raises(SystemExit):
+        parse_arguments(["unet", "--help"])
+    assert "--prompt-drop" in capsys.readouterr().out
