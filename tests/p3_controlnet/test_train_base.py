@@ -72,7 +72,7 @@ def test_the_stages_leave_a_pipeline_a_clip_and_their_logs(finished):
         assert len(losses) == 4
         assert any("validation_loss" in line for line in metrics(finished / "stages" / stage))
     with Image.open(finished / "stages" / "vae" / "samples_00000004.png") as picture:
-        assert picture.size == (4 * 130 + 2, 2 * 130 + 2)
+        assert picture.size == (8 * 130 + 2, 130 + 2)  # the four held-out pictures, and what comes back of them
 
 
 def test_diffusers_runs_the_pipeline(finished):
