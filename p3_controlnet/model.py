@@ -5,6 +5,7 @@
 The names of its weights and its files are those of diffusers' `ControlNetModel`: each loads what the other saved.
 """
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -101,8 +102,8 @@ class ControlNetConfig:
         return channels + [last] * self.layers_per_block
 
 
-def copied_encoder(config: ControlNetConfig) -> UNet2DConditionModel:
-    """A U-Net, newly initialised, whose first half is what the ControlNet trains."""
+def new_unet(config: ControlNetConfig) -> UNet2DConditionModel:
+    """A U-Net, newly initialised, whose first half has the config's sizes."""
     shared = {name: value for name, value in asdict(config).items() if not name.startswith("conditioning_")}
     up_block_types = tuple(name.replace("Down", "Up") for name in reversed(config.down_block_types))
     return UNet2DConditionModel(**shared, up_block_types=up_block_types)
@@ -139,15 +140,16 @@ class ControlNet(nn.Module):
     A new one adds nothing: its zero convolutions start at zero.
 
     Args:
-        config: sizes; see `ControlNetConfig`, and `from_unet` for a copy of a U-Net's weights.
+        config: sizes; see `ControlNetConfig`.
+        unet: whose first half is copied; by default a new one. See `from_unet`.
     """
 
-    def __init__(self, config: ControlNetConfig = ControlNetConfig()):
+    def __init__(self, config: ControlNetConfig = ControlNetConfig(), unet: UNet2DConditionModel | None = None):
         super().__init__()
         self.config, first = config, config.block_out_channels[0]
-        encoder = copied_encoder(config)
+        unet = new_unet(config) if unet is None else unet
         for part in COPIED:
-            self.add_module(part, getattr(encoder, part))
+            self.add_module(part, copy.deepcopy(getattr(unet, part)))
         self.controlnet_cond_embedding = HintEncoder(
             config.conditioning_channels, config.conditioning_embedding_out_channels, first
         )
@@ -157,7 +159,7 @@ class ControlNet(nn.Module):
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, hint_channels: Sequence[int] = (16, 32, 96, 256)) -> "ControlNet":
-        """A trainable copy of a U-Net's encoder, fp32, with a new hint encoder and new zero convolutions.
+        """A trainable copy of a U-Net's encoder, fp32, on its device, with a new hint encoder and zero convolutions.
 
         Args:
             unet: stays as it is.
@@ -167,10 +169,8 @@ class ControlNet(nn.Module):
             UserError: the U-Net has parts that a ControlNet does not know.
         """
         config = ControlNetConfig.of(unet.config, "the U-Net")
-        controlnet = cls(replace(config, conditioning_embedding_out_channels=tuple(hint_channels)))
-        for part in COPIED:
-            getattr(controlnet, part).load_state_dict(getattr(unet, part).state_dict())
-        return controlnet
+        controlnet = cls(replace(config, conditioning_embedding_out_channels=tuple(hint_channels)), unet)
+        return controlnet.to(unet.device, torch.float32).requires_grad_().train()
 
     @property
     def residual_count(self) -> int:

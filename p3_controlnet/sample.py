@@ -207,7 +207,7 @@ def add_sampling_arguments(parser: Parser) -> None:
     """The arguments of everything that draws with a ControlNet; see `sampler_from`."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--controlnet", type=Path, nargs="+", default=[CONTROLNET], metavar="FOLDER", help="one or several, summed"
+        "--controlnet", type=Path, nargs="+", metavar="FOLDER", help="one or several, summed (default: the shipped one)"
     )
     group.add_argument("--size", type=int, metavar="PIXELS", help="side of the pictures (default: the base's)")
     group.add_argument("--steps", type=int, default=20, help="steps of the reverse process")
@@ -259,7 +259,7 @@ def sampler_from(args) -> HintSampler:
     device = pick_device(args.device)
     base = load_base(args.base, device, DTYPES[pick_precision(args.precision, device)])
     controlnets = []
-    for path in args.controlnet:
+    for path in args.controlnet or [CONTROLNET]:
         controlnet, _ = ControlNet.load(path)
         check_fit(controlnet, base, str(path))
         controlnets.append(controlnet)

@@ -14,8 +14,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL_FILES = [*sorted(ROOT.glob("*.sh")), ROOT / ".ci" / "run"]
-PROGRAMS = {"hw2_1.sh": "p1_ddpm/sample.py", "hw2_2.sh": "p2_ddim/sample.py"}
-ARGUMENTS = {"hw2_1.sh": ["out dir"], "hw2_2.sh": ["noise dir", "out dir", "UNet.pt"]}
+PROGRAMS = {
+    "hw2_1.sh": "p1_ddpm/sample.py",
+    "hw2_2.sh": "p2_ddim/sample.py",
+    "hw2_3.sh": "p3_controlnet/sample.py",
+}
+ARGUMENTS = {
+    "hw2_1.sh": ["out dir"],
+    "hw2_2.sh": ["noise dir", "out dir", "UNet.pt"],
+    "hw2_3.sh": ["my prompt.json", "hint dir", "out dir", "sd-v1-4.ckpt"],
+}
 # Variables of an outer make would reach the inner one.
 ENVIRONMENT = {
     name: value
@@ -109,6 +117,14 @@ class TestWrappers:
             ("hw2_2.sh", ["noise"]),
             ("hw2_2.sh", ["noise", ""]),
             ("hw2_2.sh", ["noise", "--eta", "1"]),
+            ("hw2_3.sh", [""]),
+            ("hw2_3.sh", ["prompt.json"]),
+            ("hw2_3.sh", ["prompt.json", "hints"]),
+            ("hw2_3.sh", ["prompt.json", "hints", ""]),
+            ("hw2_3.sh", ["prompt.json", "", "out"]),
+            ("hw2_3.sh", ["", "hints", "out"]),
+            ("hw2_3.sh", ["prompt.json", "hints", "--seed", "1"]),
+            ("hw2_3.sh", ["prompt.json", "--seed", "out"]),
         ],
     )
     def test_no_output_argument(self, tree, tmp_path, script, arguments):

@@ -91,7 +91,7 @@ def pipeline_folder(tmp_path_factory) -> Path:
     )
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
-        timestep_spacing="trailing", set_alpha_to_one=True,
+        timestep_spacing="trailing", set_alpha_to_one=True, steps_offset=1,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("pipeline") / "base"
     StableDiffusionPipeline(

@@ -157,13 +157,17 @@ def test_a_picture_depends_on_the_seed_and_its_own_line_alone(hint_folder, draw,
     assert all(np.abs(other[name].astype(int) - together[name]).max() > 20 for name in together)
 
 
+def use_training_names(data):
+    """Rewrite the table as the course trains with it: with the hints' folder in their names."""
+    rows = [json.loads(line) for line in (data / "prompt.json").read_text().splitlines()]
+    lines = [json.dumps(row | {"source": f"source/{row['source']}"}) for row in rows]
+    (data / "prompt.json").write_text("\n".join(lines))
+
+
 def test_training_tables_and_testing_tables_give_the_same_pictures(hint_folder, draw, tmp_path):
     testing = draw(hint_folder, tmp_path / "a")
-    rows = [json.loads(line) for line in (hint_folder / "prompt.json").read_text().splitlines()]
-    for row in rows:
-        row["source"] = f"source/{row['source']}"
-    (hint_folder / "train.json").write_text("\n".join(json.dumps(row) for row in rows))
-    training = draw(hint_folder, tmp_path / "b", table="train.json")
+    use_training_names(hint_folder)
+    training = draw(hint_folder, tmp_path / "b")
     assert training.keys() == testing.keys()
     assert all(np.array_equal(training[name], testing[name]) for name in testing)
 
@@ -215,14 +219,21 @@ def test_a_long_prompt_is_cut_with_a_warning_that_names_its_line(hint_folder, dr
     assert np.array_equal(*drawn)
 
 
-def test_without_arguments_it_draws_what_comes_with_the_project():
+def test_without_arguments_it_draws_what_comes_with_the_project(
+    monkeypatch, pipeline_folder, controlnet_folder, hint_folder, tmp_path
+):
     args = sample.parse_arguments([])
-    places = [args.table, args.source, args.out, args.base, *args.controlnet]
     root = sample.HERE.parent
-    assert [str(place.relative_to(root)) for place in places] == [
+    assert [str(place.relative_to(root)) for place in (args.table, args.source, args.out, args.base)] == [
         "p3_controlnet/examples/prompt.json",
         "p3_controlnet/examples",
         "outputs/p3",
         "p3_controlnet/weights/base",
-        "p3_controlnet/weights/controlnet",
     ]
+    use_training_names(hint_folder)
+    for name, place in {"BASE": pipeline_folder, "CONTROLNET": controlnet_folder, "EXAMPLES": hint_folder}.items():
+        monkeypatch.setattr(sample, name, place)
+    monkeypatch.setattr(sample, "OUTPUT", tmp_path / "out")
+    files = sample.main(sample.parse_arguments(["--steps", "1"]))
+    assert files == [tmp_path / "out" / f"{k}.png" for k in range(5)]
+    assert all(Image.open(path).size == (64, 64) for path in files)
