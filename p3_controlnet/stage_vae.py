@@ -19,7 +19,7 @@ from p3_controlnet.miniature import SIZE, make_vae
 from p3_controlnet.pictures import Pictures
 
 SHOWN = 8  # images a sample grid
-CROPS = ((0.88, SIZE // 4), (0.975, SIZE // 2), (1.0, SIZE))  # up to which share of its steps the VAE sees which size
+CROPS = ((0.7, SIZE // 4), (0.75, SIZE // 2), (1.0, SIZE))  # up to which share of its steps the VAE sees which size
 FLAT = 0.01  # a colour of so much of a picture's area is one of its flat areas, no shade of an edge
 
 

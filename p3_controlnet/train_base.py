@@ -25,8 +25,8 @@ from p3_controlnet.stage_vae import train_vae
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"vae": train_vae, "clip": train_clip, "unet": train_unet}
 DEFAULTS = {
-    "vae": {"steps": 2400, "batch_size": 64, "lr": 6e-4},
-    "clip": {"steps": 1500, "batch_size": 256, "lr": 1e-3},
+    "vae": {"steps": 6500, "batch_size": 16, "lr": 6e-4, "ema": 0.99},
+    "clip": {"steps": 400, "batch_size": 256, "lr": 1e-3},
     "unet": {"steps": 3000, "batch_size": 64, "lr": 1e-3},
 }
 
