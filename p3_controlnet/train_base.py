@@ -42,7 +42,9 @@ def parse_arguments(argv: list[str] | None = None):
         if name == "vae":
             stage.add_argument("--kl-weight", type=float, default=1e-4, help="of the latents' divergence")
         if name == "unet":
-            stage.add_argument("--min-snr-gamma", type=float, default=5.0, help="loss weighting; 0 for none")
+            # None, because flat colours are settled where there is hardly any signal yet: the weighting would all but
+            # leave those steps out, and with them most of what there is to learn from the prompt.
+            stage.add_argument("--min-snr-gamma", type=float, default=0.0, help="loss weighting; 0 for none")
             stage.add_argument("--prompt-drop", type=float, default=0.1, help="part of the prompts left out")
         add_training_arguments(stage, **DEFAULTS[name])
     return parser.parse_args(argv)
