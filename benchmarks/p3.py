@@ -91,7 +91,7 @@ def training_steps(
     fixed = {"hint": hints, "t": t, "eps": torch.randn(cached["x0"].shape, generator=generator)}
 
     def step(condition: dict[str, Tensor]) -> Tensor:
-        loss = control_loss(controlnet, base, condition | fixed, gamma=5.0)
+        loss = control_loss(controlnet, base, condition | fixed, gamma=0.0)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -167,7 +167,12 @@ def parse_arguments(argv: list[str] | None = None):
         "--hint-channels", type=int, nargs="+", default=list(ControlNetConfig.conditioning_embedding_out_channels),
         help="widths of the hint encoder; each after the first halves the grid",
     )  # fmt: skip
-    model.add_argument("--min-snr-gamma", type=float, default=5.0, help="loss weighting; 0 for none")
+    model.add_argument(
+        "--min-snr-gamma",
+        type=float,
+        default=0.0,
+        help="loss weighting; 0 for none: flat colours are decided where it weighs least",
+    )
     add_training_arguments(
         parser, steps=4000, batch_size=64, lr=4e-4, ema=0.998, validate_every=200, sample_every=200, save_every=200
     )

@@ -141,7 +141,7 @@ def test_prompts_are_dropped_as_often_as_told_and_hints_keep_their_targets(circl
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--prompt-drop", "2"], "--prompt-drop 2.0 --min-snr-gamma 5.0: 0 to 1, and at least 0"),
+        (["--prompt-drop", "2"], "--prompt-drop 2.0 --min-snr-gamma 0.0: 0 to 1, and at least 0"),
         (["--hint-channels", "4", "8"], "--hint-channels: 2 widths fold 2 pixels, not 8"),
         (["--image-size", "60"], "--image-size 60: must be divisible by 8"),
         (["--base", "{tmp}/absent"], "{tmp}/absent: no such folder"),
