@@ -9,7 +9,7 @@ import math
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -34,6 +34,7 @@ BASE, CONTROLNET = HERE / "weights" / "base", HERE / "weights" / "controlnet"
 EXAMPLES = HERE / "examples"
 OUTPUT = HERE.parent / "outputs" / "p3"
 SAMPLERS = ("ddim", "dpm-solver++")
+GUIDANCE_SCALE = 7.5  # what Stable Diffusion is usually drawn with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,7 +61,7 @@ class SamplingOptions:
     size: int | None = None
     steps: int = 20
     seed: int = 0
-    guidance_scale: float = 7.5
+    guidance_scale: float = GUIDANCE_SCALE
     sampler: str = "ddim"
     control_scale: Sequence[float] = (1.0,)
     control_scales: Sequence[float] | None = None
@@ -212,7 +213,9 @@ def add_sampling_arguments(parser: Parser) -> None:
     group.add_argument("--size", type=int, metavar="PIXELS", help="side of the pictures (default: the base's)")
     group.add_argument("--steps", type=int, default=20, help="steps of the reverse process")
     group.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures")
-    group.add_argument("--guidance-scale", type=float, default=7.5, help="1 = off")
+    group.add_argument(
+        "--guidance-scale", type=float, help=f"1 = off (default: the ControlNet's own, else {GUIDANCE_SCALE})"
+    )
     group.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="reverse process")
     group.add_argument(
         "--control-scale", type=float, nargs="+", default=[1.0], metavar="S", help="strength: one, or one a ControlNet"
@@ -255,14 +258,18 @@ def sampler_from(args) -> HintSampler:
     Raises:
         UserError: a value out of range, or weights that are missing, broken, or do not fit one another.
     """
-    options = SamplingOptions(**{field.name: getattr(args, field.name) for field in fields(SamplingOptions)})
+    chosen = {field.name: getattr(args, field.name) for field in fields(SamplingOptions)}
+    own_scale = chosen["guidance_scale"] is None
+    options = SamplingOptions(**chosen | ({"guidance_scale": GUIDANCE_SCALE} if own_scale else {}))
     device = pick_device(args.device)
     base = load_base(args.base, device, DTYPES[pick_precision(args.precision, device)])
     controlnets = []
     for path in args.controlnet or [CONTROLNET]:
-        controlnet, _ = ControlNet.load(path)
+        controlnet, about = ControlNet.load(path)
         check_fit(controlnet, base, str(path))
         controlnets.append(controlnet)
+        if own_scale:
+            options = replace(options, guidance_scale=about.get("guidance_scale", options.guidance_scale))
     return HintSampler(base, controlnets, options)
 
 

@@ -40,7 +40,6 @@ from p3_controlnet.unet import ControlledUNet
 ROOT = Path(__file__).resolve().parent.parent
 WATCHED = 8  # held-out pairs that are measured and drawn while training
 WATCHED_STEPS = 10
-WATCHED_GUIDANCE = 2.0
 
 
 class PairBatches:
@@ -101,10 +100,11 @@ class Watch:
     Args:
         base: the frozen model.
         batch: held-out pairs as `PairBatches` draws them, none without its prompt.
+        guidance_scale: to draw with.
     """
 
-    def __init__(self, base: Base, batch: Batch):
-        self.base = base
+    def __init__(self, base: Base, batch: Batch, guidance_scale: float):
+        self.base, self.guidance_scale = base, guidance_scale
         self.batch = {name: tensor.to(base.device) for name, tensor in batch.items()}
         self.hint = self.batch["hint"] / 255
         self.targets = to_uint8(base.decode(self.batch["x0"], WATCHED))
@@ -128,7 +128,7 @@ class Watch:
         null = self.base.encode_prompts([""]).expand_as(context)
         condition, without = ({"context": c, "features": features} for c in (context, null))
         xt = ImageNoise([(0, k) for k in range(len(context))]).draw(self.batch["x0"].shape[1:], self.base.device)
-        denoise = guided(network, condition, without, WATCHED_GUIDANCE)
+        denoise = guided(network, condition, without, self.guidance_scale)
         timesteps = self.base.schedule.timesteps(WATCHED_STEPS)
         latents = draw(denoise, self.base.schedule, xt, timesteps, self.base.prediction, clip_x0=False)
         return to_uint8(self.base.decode(latents, WATCHED))
@@ -172,6 +172,12 @@ def parse_arguments(argv: list[str] | None = None):
         type=float,
         default=0.0,
         help="loss weighting; 0 for none: flat colours are decided where it weighs least",
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=2.0,
+        help="of pictures drawn meanwhile, and with the finished ControlNet",
     )
     add_training_arguments(
         parser, steps=4000, batch_size=64, lr=4e-4, ema=0.998, validate_every=200, sample_every=200, save_every=200
@@ -223,7 +229,7 @@ def main(args) -> Path:
         PairBatches(cache, hints, held_out, base.schedule, count, 0.0, seed=0)(0, seeded_generator(0, 3))
         for count in (WATCHED, 256)
     )
-    watch = Watch(base, watched)
+    watch = Watch(base, watched, args.guidance_scale)
 
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         return control_loss(model, base, batch, args.min_snr_gamma)
@@ -242,7 +248,7 @@ def main(args) -> Path:
     folder = args.out / "controlnet"
     if trainer.accelerator.is_main_process:
         facts = {"step": trainer.step, "training": trainer.notes, "validation_loss": trainer.validation_loss()}
-        averaged.save(folder, about | facts)
+        averaged.save(folder, about | facts | {"guidance_scale": args.guidance_scale})
     trainer.accelerator.end_training()
     return folder
 

@@ -237,3 +237,15 @@ def test_without_arguments_it_draws_what_comes_with_the_project(
     files = sample.main(sample.parse_arguments(["--steps", "1"]))
     assert files == [tmp_path / "out" / f"{k}.png" for k in range(5)]
     assert all(Image.open(path).size == (64, 64) for path in files)
+
+
+def test_the_controlnets_own_guidance_is_the_default(pipeline_folder, controlnet_folder, tmp_path):
+    controlnet, _ = ControlNet.load(controlnet_folder)
+    controlnet.save(tmp_path / "own", {"guidance_scale": 3.0})
+    for folder, flags, expected in (
+        (controlnet_folder, [], 7.5),
+        (tmp_path / "own", [], 3.0),
+        (tmp_path / "own", ["--guidance-scale", "1"], 1.0),
+    ):
+        arguments = ["prompt.json", "source", "out", str(pipeline_folder), "--controlnet", str(folder), *flags]
+        assert sample.sampler_from(sample.parse_arguments(arguments)).options.guidance_scale == expected

@@ -56,6 +56,7 @@ def finished(circles, pipeline_folder, tmp_path_factory):
 def test_a_run_leaves_a_controlnet_and_tells_what_moves(finished, pipeline_folder):
     controlnet, about = ControlNet.load(finished / "controlnet")
     assert about["step"] == 6
+    assert about["guidance_scale"] == 2.0
     assert about["training"]["prompt_drop"] == 0.1
     untrained = ControlNet.from_unet(load_base(pipeline_folder).unet, (4, 6, 8, 10))
     moved = [name for name, p in controlnet.named_parameters() if not torch.equal(p, untrained.get_parameter(name))]
@@ -144,7 +145,7 @@ def test_prompts_are_dropped_as_often_as_told_and_hints_keep_their_targets(circl
         (["--prompt-drop", "2"], "--prompt-drop 2.0 --min-snr-gamma 0.0: 0 to 1, and at least 0"),
         (["--hint-channels", "4", "8"], "--hint-channels: 2 widths fold 2 pixels, not 8"),
         (["--image-size", "60"], "--image-size 60: must be divisible by 8"),
-        (["--base", "{tmp}/absent"], "{tmp}/absent: no such folder"),
+        (["--base", "{tmp}/absent"], "{tmp}/absent: no such"),
         (["--data", "{tmp}/absent"], "{tmp}/absent/prompt.json: no such file"),
         (["--init", "{tmp}/absent"], "{tmp}/absent: no such"),
     ],
@@ -161,7 +162,7 @@ def test_the_watch_sees_control_where_there_is_some(circles, pipeline_folder, co
     base, pairs = load_base(pipeline_folder), read_pairs(circles / "prompt.json")
     cache = encode_pairs(base, pairs, read_hints(pairs, circles, 64, "target"), None)
     batches = train.PairBatches(cache, read_hints(pairs, circles, 64), torch.arange(44), base.schedule, 4, 0.0, seed=0)
-    watch = train.Watch(base, batches(0, seeded_generator(0, 3)))
+    watch = train.Watch(base, batches(0, seeded_generator(0, 3)), 2.0)
     with torch.no_grad():
         assert watch.sensitivity(ControlNet.from_unet(base.unet, (4, 6, 8, 10))) == 0
         assert watch.sensitivity(ControlNet.load(controlnet_folder)[0]) > 1e-3
