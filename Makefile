@@ -13,8 +13,12 @@ demo: setup
 	$(IN_ROOT) export PYTHON=.venv/bin/python; \
 	bash hw2_1.sh outputs/p1 --overwrite; \
 	$$PYTHON p1_ddpm/figures.py --out outputs/p1_figures; \
+	bash hw2_3.sh; \
+	$$PYTHON p3_controlnet/figures.py outputs/p3_figures; \
 	echo "P1 digits:  $$PWD/outputs/p1"; \
-	echo "P1 figures: $$PWD/outputs/p1_figures"
+	echo "P1 figures: $$PWD/outputs/p1_figures"; \
+	echo "P3 circles: $$PWD/outputs/p3"; \
+	echo "P3 figures: $$PWD/outputs/p3_figures"
 
 test: setup
 	$(IN_ROOT) .venv/bin/python -m pytest
@@ -23,7 +27,7 @@ lint: setup
 	$(IN_ROOT) .venv/bin/python -m ruff check .; .venv/bin/python -m ruff format --check .
 
 bench: setup
-	$(IN_ROOT) .venv/bin/python benchmarks/p1.py
+	$(IN_ROOT) .venv/bin/python benchmarks/p1.py; .venv/bin/python benchmarks/p3.py
 
 # The copy of requirements.txt in .venv is written last, so a set-up that failed is not taken for a whole one. What this
 # recipe began and did not finish is begun anew; a .venv made by hand is only added to. The lock, held by the shell's
