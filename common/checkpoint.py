@@ -4,11 +4,12 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from common.errors import UserError
 EMA_PREFIX = "ema."
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 UNFINISHED = ".unfinished-"
+ZIP_START = b"PK\x03\x04"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -117,11 +119,28 @@ def load_model_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str,
     return averaged or load_tensors(path)[0], about
 
 
-def load_pt(path: Path) -> Any:
+class Leftover:
+    """Stands where a pickle has another program's object that nobody asks for: takes anything and does nothing."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+def load_pt(path: Path, leftovers: Sequence[str] = ()) -> Any:
     """What another program saved with `torch.save`: tensors, and plain containers of them, on the CPU.
 
     Only tensors and plain Python values are read: a pickle that asks for anything else is refused, and none of its code
     runs. Weights in the zip format stay on disk until they are used.
+
+    Args:
+        path: of the file.
+        leftovers: full names of classes and functions that the pickle may ask for; it gets a `Leftover` instead.
 
     Raises:
         UserError: the file is missing, truncated, no such file at all, or asks for more than tensors.
@@ -131,13 +150,20 @@ def load_pt(path: Path) -> Any:
         raise UserError(f"{path}: is a folder; name a file in it")
     if not path.exists():
         raise UserError(f"{path}: no such file; check the path")
+    whole_zip = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        if not whole_zip and file.read(len(ZIP_START)) == ZIP_START:
+            raise UserError(f"{path}: truncated (its table of contents is missing); fetch it again")
+    stand_ins = [(Leftover, name) for name in leftovers]
     try:
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=whole_zip)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" (it asks for {wanted[1]})" if wanted else ""
         raise UserError(
-            f"{path}: holds more than plain tensors, or is no file of torch.save; it was not read, since it could run"
-            " code; save plain tensors with torch.save"
+            f"{path}: holds more than plain tensors, or is no file of torch.save{what}; it was not read, since it could"
+            " run code; save plain tensors with torch.save"
         ) from None
     except Exception as error:  # bytes that are no pickle make the reader stumble in any way: EOFError, KeyError, ...
         reason = str(error).partition(". ")[0] if len(str(error)) > 3 else type(error).__name__

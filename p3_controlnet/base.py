@@ -1,4 +1,4 @@
-"""The frozen latent diffusion that a ControlNet steers, read from and written to an ordinary diffusers folder."""
+"""The frozen latent diffusion that a ControlNet steers, from a diffusers folder or one file, and to a folder."""
 
 import contextlib
 import copy
@@ -23,6 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 from common.checkpoint import UNFINISHED
 from common.errors import UserError
 from common.schedule import NoiseSchedule
+from p3_controlnet.single_file import SD_V1, read_stable_diffusion
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
@@ -180,26 +181,34 @@ def load_part(folder: Path, name: str, device: torch.device | str = "cpu", dtype
     return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
 
-def load_base(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
-    """Read a Stable Diffusion v1 pipeline folder, without network.
+def load_base(
+    path: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    cache: Path | None = None,
+) -> Base:
+    """Read a Stable Diffusion v1, without network.
 
     Args:
-        folder: as diffusers' `StableDiffusionPipeline.save_pretrained` writes it; its safety checker is not read.
+        path: a folder as diffusers' `StableDiffusionPipeline.save_pretrained` writes it, whose safety checker is not
+            read; or a single file in the original layout, `.ckpt` or `.safetensors`.
         device: of the models.
         dtype: of their weights in memory, whatever they are on disk.
+        cache: see `read_stable_diffusion`.
 
     Raises:
-        UserError: no such folder, or a part of it is missing, broken or of another kind.
+        UserError: nothing is there, or a part of it is missing, broken or of another kind.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "no such folder"
-        raise UserError(f"{folder}: {what}; name a folder that diffusers saved a Stable Diffusion in")
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; name a Stable Diffusion v1, such as sd-v1-4.ckpt")
+    folder = path if path.is_dir() else SD_V1
     schedule, prediction = read_schedule(folder / "scheduler" / "scheduler_config.json")
-    parts = {name: load_part(folder, name, device, dtype) for name in PARTS}
+    loaded = {} if path.is_dir() else read_stable_diffusion(path, device, dtype, cache)
+    parts = {name: loaded.get(name) or load_part(folder, name, device, dtype) for name in PARTS}
     width, wanted = parts["text_encoder"].config.hidden_size, parts["unet"].config.cross_attention_dim
     if width != wanted:
-        raise UserError(f"{folder}: its text encoder gives width {width}, its unet wants {wanted}; mend the folder")
+        raise UserError(f"{path}: its text encoder gives width {width}, its unet wants {wanted}; name another base")
     return Base(**parts, schedule=schedule, prediction=prediction)
 
 

@@ -22,7 +22,10 @@ from common.checkpoint import half, load_model_file, load_strictly, load_tensors
 from common.errors import UserError
 from common.layers import zeroed
 from p3_controlnet.base import Base
+from p3_controlnet.conversion import original_unet_names
+from p3_controlnet.single_file import controlnet_part, controlnet_sizes, fill
 from p3_controlnet.unet import encode
+from p3_controlnet.weights_file import open_weights
 
 COPIED = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -234,7 +237,8 @@ class ControlNet(nn.Module):
         """A ControlNet in eval mode, fp32 on the CPU, and the facts saved with it.
 
         Args:
-            path: a folder that `save` or diffusers wrote, or one file of a training run.
+            path: a folder that `save` or diffusers wrote, or one file: of a training run, of diffusers, or in the
+                original ControlNet's layout.
 
         Raises:
             UserError: something is missing or broken, or belongs to another model.
@@ -243,9 +247,14 @@ class ControlNet(nn.Module):
         if path.is_dir():
             config = ControlNetConfig.of(read_config(path / CONFIG_FILE), str(path / CONFIG_FILE))
             state, about = load_tensors(path / WEIGHTS_FILE)
-        else:
+        elif "kind" in (file := open_weights(path)).about:
             state, about = load_model_file(path, "ControlNet")
             config = ControlNetConfig(**about["config"])
+        else:
+            names = controlnet_part(file)
+            with torch.device("meta"):
+                controlnet = cls(ControlNetConfig(**controlnet_sizes(file, names)))
+            return fill(controlnet, file, names, original_unet_names), {}
         with torch.device("meta"):  # the initial weights would be overwritten anyway
             controlnet = cls(config)
         load_strictly(controlnet.to_empty(device="cpu"), state, str(path))

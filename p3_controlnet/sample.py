@@ -1,6 +1,6 @@
 """Draw pictures that follow hints and prompts: a ControlNet steers a frozen latent diffusion model.
 
-python sample.py prompt.json SOURCE OUT sd-v1-4.ckpt --controlnet FOLDER   # hints SOURCE/<source> become OUT/<target>
+python sample.py prompt.json SOURCE OUT sd-v1-4.ckpt --controlnet PATH     # hints SOURCE/<source> become OUT/<target>
 python sample.py prompt.json SOURCE OUT                                    # with the base that comes with the project
 python sample.py                                                           # its examples, into outputs/p3
 """
@@ -27,10 +27,13 @@ from common.sampling import ImageNoise, guided, reverse_process
 from p3_controlnet.base import Base, load_base
 from p3_controlnet.model import ControlNet, check_fit
 from p3_controlnet.patches import in_patches
+from p3_controlnet.single_file import cache_folder
 from p3_controlnet.unet import ControlledUNet, guess_scales
 
 HERE = Path(__file__).resolve().parent
 BASE, CONTROLNET = HERE / "weights" / "base", HERE / "weights" / "controlnet"
+# A student's own, for the real Stable Diffusion: here, or beside SD_CKPT.
+OWN_CONTROLNET = HERE.parent / "checkpoints" / "controlnet_sd.safetensors"
 EXAMPLES = HERE / "examples"
 OUTPUT = HERE.parent / "outputs" / "p3"
 SAMPLERS = ("ddim", "dpm-solver++")
@@ -208,7 +211,12 @@ def add_sampling_arguments(parser: Parser) -> None:
     """The arguments of everything that draws with a ControlNet; see `sampler_from`."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--controlnet", type=Path, nargs="+", metavar="FOLDER", help="one or several, summed (default: the shipped one)"
+        "--controlnet",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="one or several, summed; folders or files (default: the shipped one, or with another base"
+        f" {'/'.join(OWN_CONTROLNET.parts[-2:])})",
     )
     group.add_argument("--size", type=int, metavar="PIXELS", help="side of the pictures (default: the base's)")
     group.add_argument("--steps", type=int, default=20, help="steps of the reverse process")
@@ -234,6 +242,7 @@ def add_sampling_arguments(parser: Parser) -> None:
     group.add_argument("--batch-size", type=int, default=8, help="pictures at a time; bounds the memory")
     group.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the networks")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument("--cache-dir", type=Path, default=cache_folder(), help="where a .ckpt is kept as safetensors")
 
 
 def parse_arguments(argv: list[str] | None = None):
@@ -245,11 +254,30 @@ def parse_arguments(argv: list[str] | None = None):
     parser.add_argument("source", type=Path, nargs="?", default=EXAMPLES, metavar="SOURCE", help="folder of the hints")
     parser.add_argument("out", type=Path, nargs="?", default=OUTPUT, metavar="OUT", help="folder for the pictures")
     parser.add_argument(
-        "base", type=Path, nargs="?", default=BASE, metavar="SD_CKPT", help="the frozen model: a diffusers folder"
-    )
+        "base", type=Path, nargs="?", default=BASE, metavar="SD_CKPT",
+        help="the frozen model: Stable Diffusion v1 as one file or as a diffusers folder",
+    )  # fmt: skip
     parser.add_argument("--keep-going", action="store_true", help="leave out lines that cannot be drawn")
     add_sampling_arguments(parser)
     return parser.parse_args(argv)
+
+
+def default_controlnet(base: Path) -> Path:
+    """The shipped ControlNet for the shipped base, a student's own for any other.
+
+    Raises:
+        UserError: there is none for this base.
+    """
+    if base.resolve() == BASE.resolve():
+        return CONTROLNET
+    places = OWN_CONTROLNET, base.parent / OWN_CONTROLNET.name
+    for place in places:
+        if place.is_file():
+            return place
+    raise UserError(
+        f"no ControlNet for {base}: put its weights at {places[0]}, or name them with --controlnet; to train one:"
+        f" python p3_controlnet/train.py --base {base} --data hw2_data/fill50k/training"
+    )
 
 
 def sampler_from(args) -> HintSampler:
@@ -261,10 +289,11 @@ def sampler_from(args) -> HintSampler:
     chosen = {field.name: getattr(args, field.name) for field in fields(SamplingOptions)}
     own_scale = chosen["guidance_scale"] is None
     options = SamplingOptions(**chosen | ({"guidance_scale": GUIDANCE_SCALE} if own_scale else {}))
+    paths = args.controlnet or [default_controlnet(args.base)]
     device = pick_device(args.device)
     base = load_base(args.base, device, DTYPES[pick_precision(args.precision, device)])
     controlnets = []
-    for path in args.controlnet or [CONTROLNET]:
+    for path in paths:
         controlnet, about = ControlNet.load(path)
         check_fit(controlnet, base, str(path))
         controlnets.append(controlnet)

@@ -35,6 +35,7 @@ from p3_controlnet.model import ControlNet, ControlNetConfig, check_fit
 from p3_controlnet.pictures import HELD_OUT_EVERY, read_pictures
 from p3_controlnet.regions import circle_regions, deepest, hint_regions, intersection_over_union, region_at
 from p3_controlnet.sample import BASE
+from p3_controlnet.single_file import cache_folder
 from p3_controlnet.unet import ControlledUNet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,7 +155,8 @@ class Watch:
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="train.py", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "p3", help="folder of the run")
-    parser.add_argument("--base", type=Path, default=BASE, help="the frozen model: a diffusers pipeline folder")
+    parser.add_argument("--base", type=Path, default=BASE, help="the frozen model: a file or diffusers folder")
+    parser.add_argument("--cache-dir", type=Path, default=cache_folder(), help="where a .ckpt is kept as safetensors")
     parser.add_argument("--init", type=Path, metavar="FOLDER", help="ControlNet to start from (default: base's copy)")
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -213,7 +215,7 @@ def main(args) -> Path:
         raise UserError(
             f"--prompt-drop {args.prompt_drop} --min-snr-gamma {args.min_snr_gamma}: 0 to 1, and at least 0"
         )
-    base = load_base(args.base, pick_device(options.device))
+    base = load_base(args.base, pick_device(options.device), cache=args.cache_dir)
     size = args.image_size or base.unet.config.sample_size * base.factor
     if size < base.factor or size % base.factor:
         raise UserError(f"--image-size {size}: must be divisible by {base.factor}")

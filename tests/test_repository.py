@@ -174,7 +174,7 @@ class TestWeightsCheck:
 
 
 def test_shipped_weights_are_listed_and_whole():
-    shipped = sorted(path.relative_to(ROOT) for path in ROOT.glob("*/weights/*.safetensors"))
+    shipped = sorted(path.relative_to(ROOT) for path in ROOT.glob("*/weights/**/*.safetensors"))
     listed = []
     for sums in ROOT.glob("*/weights/SHA256SUMS"):
         for line in sums.read_text().splitlines():

@@ -8,12 +8,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from p3_controlnet.model import ControlNet
 
 HINT_CHANNELS = (4, 6, 8, 10)
+KEYS = Path(__file__).parent / "sd_v1_ckpt_keys.json"  # of the published files, with their shapes
 
 
 def randomised(module: nn.Module, seed: int) -> nn.Module:
@@ -123,3 +125,56 @@ def hint_folder(tmp_path) -> Path:
         lines.append(json.dumps({"source": f"{k}.png", "target": f"{k}.png", "prompt": prompt}))
     (folder / "prompt.json").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def narrow(name: str, shape: list[int]) -> tuple[int, ...]:
+    """A shape of Stable Diffusion v1 or its ControlNet with fewer channels; the vocabulary and positions stay whole."""
+    part = name.split(".")[0]
+    scale = {"model": 10, "control_model": 10, "first_stage_model": 4, "cond_stage_model": 16}[part]
+    kept = {49408, 77, 3, 4, 8, 1} if part != "control_model" else {3, 4, 1, 16, 32, 96, 256}
+    return tuple(size if size in kept else size // (16 if size in (768, 3072) else scale) for size in shape)
+
+
+def original_state(layout: str) -> dict[str, torch.Tensor]:
+    """Random weights of moderate size under the names of an original file: `sd_v1` or `controlnet`."""
+    generator = torch.Generator().manual_seed(6)
+    state = {}
+    for name, shape in json.loads(KEYS.read_text())[layout].items():
+        shape = narrow(name, shape)
+        if name.endswith("position_ids"):
+            state[name] = torch.arange(77)[None]
+            continue
+        tensor = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            state[name] = tensor * 0.1 + name.endswith(".weight")  # of a norm
+        else:
+            state[name] = tensor / tensor[0].numel() ** 0.5
+    return state
+
+
+@pytest.fixture(scope="session")
+def sd_state() -> dict[str, torch.Tensor]:
+    """A whole Stable Diffusion v1 with a tenth of the channels, as its original file names it."""
+    return original_state("sd_v1")
+
+
+@pytest.fixture(scope="session")
+def control_state() -> dict[str, torch.Tensor]:
+    """A ControlNet for it, as the original ControlNet's file names it."""
+    return original_state("controlnet")
+
+
+@pytest.fixture(scope="session")
+def sd_file(sd_state, tmp_path_factory) -> Path:
+    """It as a .safetensors file."""
+    path = tmp_path_factory.mktemp("sd") / "sd.safetensors"
+    save_file(sd_state, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def control_file(control_state, tmp_path_factory) -> Path:
+    """The ControlNet as a .safetensors file."""
+    path = tmp_path_factory.mktemp("control") / "control.safetensors"
+    save_file(control_state, path)
+    return path

@@ -200,15 +200,18 @@ def wide(folder):
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        (shutil.rmtree, "{base}: no such folder; name a folder that diffusers saved"),
-        (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), "{base}: is a file; name a folder"),
+        (shutil.rmtree, "{base}: no such file or folder; name a Stable Diffusion"),
+        (
+            lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
+            "{base}: holds more than plain tensors, or is no file of torch.save",
+        ),
         (lambda folder: shutil.rmtree(folder / "vae"), "{base}/vae: no such folder; a base has vae, text_encoder"),
         (lambda folder: shutil.rmtree(folder / "scheduler"), "{base}/scheduler/scheduler_config.json: not a sch"),
         (lambda folder: (folder / "unet" / "config.json").unlink(), "{base}/unet: not a UNet2DConditionModel ("),
         (lambda folder: (folder / "tokenizer" / "tokenizer.json").unlink(), "{base}/tokenizer: holds neither"),
         (cut, "{base}/unet: not a UNet2DConditionModel ("),
         (without_weights, "{base}/vae: "),
-        (wide, "{base}: its text encoder gives width 16, its unet wants 24; mend the folder"),
+        (wide, "{base}: its text encoder gives width 16, its unet wants 24; name another base"),
         (scheduler_with(beta_schedule="sigmoid"), "{base}/scheduler/scheduler_config.json: its beta_schedule is sig"),
         (scheduler_with(prediction_type="flow"), "{base}/scheduler/scheduler_config.json: its prediction_type is f"),
         (scheduler_with(trained_betas=[0.1]), "{base}/scheduler/scheduler_config.json: has trained_betas"),

@@ -1,0 +1,65 @@
+"""Write a ControlNet in another program's layout, whatever layout it was read in.
+
+python export.py ../runs/p3/controlnet ../checkpoints/controlnet_sd.safetensors    # the original's, one file
+python export.py control_sd15_canny.pth ../runs/canny --layout diffusers           # diffusers', a folder
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.checkpoint import half, save_tensors
+from common.errors import Parser, UserError, run
+from p3_controlnet.conversion import original_unet_names
+from p3_controlnet.model import ControlNet, ControlNetConfig
+from p3_controlnet.weights_file import CONTROL
+
+LAYOUTS = ("original", "diffusers")
+# What a reader can tell from the shapes; all else is Stable Diffusion v1's in the original layout.
+FREE = ("block_out_channels", "cross_attention_dim", "conditioning_channels", "conditioning_embedding_out_channels")
+
+
+def parse_arguments(argv: list[str] | None = None):
+    parser = Parser(prog="export.py", description=__doc__)
+    parser.add_argument("controlnet", type=Path, metavar="CONTROLNET", help="a folder, or one file")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file, or diffusers' folder")
+    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="whose names to give the weights")
+    parser.add_argument("--fp32", action="store_true", help="twice the size, for training on")
+    return parser.parse_args(argv)
+
+
+def main(args) -> Path:
+    """Read and write; returns what was written.
+
+    Raises:
+        UserError: no ControlNet, one that the original cannot have, or a place that cannot be written.
+    """
+    controlnet, about = ControlNet.load(args.controlnet)
+    if args.layout == "diffusers":
+        if args.out.is_file():
+            raise UserError(f"{args.out}: is a file; name a folder for the diffusers layout")
+        controlnet.save(args.out, about, fp16=not args.fp32)
+    else:
+        if args.out.is_dir() or args.out.suffix != ".safetensors":
+            raise UserError(f"{args.out}: name a .safetensors file for the original layout")
+        facts = (
+            "block_out_channels",
+            "cross_attention_dim",
+            "conditioning_channels",
+            "conditioning_embedding_out_channels",
+        )
+        like_v1 = replace(ControlNetConfig(), **{name: getattr(controlnet.config, name) for name in facts})
+        if controlnet.config != like_v1:
+            raise UserError(f"{args.controlnet}: its base is built unlike Stable Diffusion v1; add --layout diffusers")
+        state = controlnet.state_dict()
+        names = original_unet_names(state)
+        state = {CONTROL + names[name]: tensor for name, tensor in state.items()}
+        save_tensors(args.out, state if args.fp32 else half(state), {})
+    print(f"{args.out}: a ControlNet in the {args.layout} layout")
+    return args.out
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())
