@@ -136,8 +136,9 @@ class HintSampler:
         # Tensor cores want channels_last; a processor's group norm in bf16 is several times slower with it.
         halved = base.device.type == "cuda" and base.unet.dtype != torch.float32
         layout = torch.channels_last if halved else torch.contiguous_format
-        for network in (base.unet, *controlnets):
-            network.to(base.device, base.unet.dtype, memory_format=layout)
+        base.unet.to(memory_format=layout)
+        for controlnet in controlnets:
+            controlnet.to(base.device, base.unet.dtype, memory_format=layout)
         scales = options.strengths([controlnet.residual_count for controlnet in controlnets])
         self.unet = ControlledUNet(base.unet, controlnets, scales)
         self.network = self.unet
