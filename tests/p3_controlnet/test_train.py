@@ -72,8 +72,8 @@ def test_a_run_leaves_a_controlnet_and_tells_what_moves(finished, pipeline_folde
 def test_only_the_controlnet_is_trained_and_the_base_stays_as_it_is(call, pipeline_folder, tmp_path, monkeypatch):
     seen = {}
 
-    def remember(*arguments):
-        seen["base"] = load_base(*arguments)
+    def remember(*arguments, **options):
+        seen["base"] = load_base(*arguments, **options)
         return seen["base"]
 
     init = Trainer.__init__
