@@ -13,7 +13,7 @@ from tqdm import tqdm
 from common.checkpoint import load_about, load_tensors, save_tensors
 from common.data import to_unit_range
 from common.pairs import Pair
-from p3_controlnet.base import Base
+from common.stable_diffusion.base import Base
 
 IMAGES_AT_ONCE = 32
 PROMPTS_AT_ONCE = 256

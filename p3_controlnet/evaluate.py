@@ -24,12 +24,12 @@ import torch
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from common.checkpoint import write_atomically
+from common.circles import read_prompt
+from common.colour import COLOURS, ciede2000, colour_named, rgb_to_lab
 from common.data import read_image
 from common.errors import Parser, UserError, run
 from common.images import check_output_folder
 from common.pairs import Pair, read_pair_image, read_pairs, usable
-from p3_controlnet.colour import COLOURS, ciede2000, colour_named, rgb_to_lab
-from p3_controlnet.fill50k import read_prompt
 from p3_controlnet.regions import (
     centre_iou,
     circle_regions,

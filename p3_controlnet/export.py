@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.checkpoint import half, save_tensors
 from common.errors import Parser, UserError, run
-from p3_controlnet.conversion import original_unet_names
+from common.stable_diffusion.conversion import original_unet_names
+from common.stable_diffusion.weights_file import CONTROL
 from p3_controlnet.model import ControlNet, ControlNetConfig
-from p3_controlnet.weights_file import CONTROL
 
 LAYOUTS = ("original", "diffusers")
 # What a reader can tell from the shapes; all else is Stable Diffusion v1's in the original layout.

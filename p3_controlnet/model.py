@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from common.checkpoint import half, load_model_file, load_strictly, load_tensors, save_tensors, write_atomically
 from common.errors import UserError
 from common.layers import zeroed
-from p3_controlnet.base import Base
-from p3_controlnet.conversion import original_unet_names
-from p3_controlnet.single_file import controlnet_part, controlnet_sizes, fill
+from common.stable_diffusion.base import Base
+from common.stable_diffusion.conversion import original_unet_names
+from common.stable_diffusion.single_file import controlnet_part, controlnet_sizes, fill
+from common.stable_diffusion.weights_file import open_weights
 from p3_controlnet.unet import encode
-from p3_controlnet.weights_file import open_weights
 
 COPIED = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"

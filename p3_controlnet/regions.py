@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import ndimage
 
-from p3_controlnet.colour import rgb_to_lab
+from common.colour import rgb_to_lab
 
 LINE = 64  # of 255: from here on a hint's pixel is a line; anti-aliased lines stay closed
 TOLERANCE = 10.0  # CIE76: half of the least difference between two colours of a scene

@@ -24,10 +24,10 @@ from common.images import staged, to_pil, to_uint8
 from common.pairs import Pair, read_hints, read_pairs, readable_pairs
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from common.sampling import ImageNoise, guided, reverse_process
-from p3_controlnet.base import Base, load_base
+from common.stable_diffusion.base import Base, load_base
+from common.stable_diffusion.single_file import cache_folder
 from p3_controlnet.model import ControlNet, check_fit
 from p3_controlnet.patches import in_patches
-from p3_controlnet.single_file import cache_folder
 from p3_controlnet.unet import ControlledUNet, guess_scales
 
 HERE = Path(__file__).resolve().parent

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.circles import read_prompt
+from common.colour import ciede2000, colour_named, rgb_to_lab
 from common.data import shuffled_indices, stratified_timesteps
 from common.images import grid, to_uint8
 from common.losses import diffusion_loss
 from common.runtime import pick_device, seeded_generator
 from common.sampling import ImageNoise, draw, guided
 from common.schedule import NoiseSchedule
+from common.stable_diffusion.base import Base, load_part, save_base
 from common.training import Batch, Trainer
 from common.training_options import TrainingOptions
-from p3_controlnet.base import Base, load_part, save_base
 from p3_controlnet.cache import encode_pairs
-from p3_controlnet.colour import ciede2000, colour_named, rgb_to_lab
-from p3_controlnet.fill50k import read_prompt
 from p3_controlnet.miniature import make_unet
 from p3_controlnet.pictures import Pictures
 

@@ -27,15 +27,15 @@ from common.pairs import read_hints
 from common.runtime import pick_device, seeded_generator
 from common.sampling import ImageNoise, draw, guided
 from common.schedule import NoiseSchedule
+from common.stable_diffusion.base import Base, load_base
+from common.stable_diffusion.single_file import cache_folder
 from common.training import Batch, Trainer
 from common.training_options import add_training_arguments, training_options
-from p3_controlnet.base import Base, load_base
 from p3_controlnet.cache import Cache, encode_pairs
 from p3_controlnet.model import ControlNet, ControlNetConfig, check_fit
 from p3_controlnet.pictures import HELD_OUT_EVERY, read_pictures
 from p3_controlnet.regions import circle_regions, deepest, hint_regions, intersection_over_union, region_at
 from p3_controlnet.sample import BASE
-from p3_controlnet.single_file import cache_folder
 from p3_controlnet.unet import ControlledUNet
 
 ROOT = Path(__file__).resolve().parent.parent

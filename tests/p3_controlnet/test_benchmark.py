@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import p3
 from common.pairs import read_hints, read_pairs
+from common.stable_diffusion.base import load_base
 from p3_controlnet import fill50k
-from p3_controlnet.base import load_base
 from p3_controlnet.model import ControlNet
 
 

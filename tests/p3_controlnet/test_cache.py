@@ -6,8 +6,8 @@ import torch
 from common.data import to_unit_range
 from common.errors import UserError
 from common.pairs import Pair
+from common.stable_diffusion.base import load_base
 from p3_controlnet import cache as module
-from p3_controlnet.base import load_base
 from p3_controlnet.cache import encode_pairs
 
 PROMPTS = ["red circle", "blue circle", "red circle", "", "Red circle"]

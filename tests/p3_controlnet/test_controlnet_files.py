@@ -1,6 +1,5 @@
 """ControlNets in the original layout: read and written, and found where a student leaves them."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
+from common.stable_diffusion.base import load_base
+from common.stable_diffusion.single_file import controlnet_part, controlnet_sizes
+from common.stable_diffusion.weights_file import WeightsFile
 from p3_controlnet import export, sample
-from p3_controlnet.base import load_base
 from p3_controlnet.model import ControlNet, ControlNetConfig, check_fit
-from p3_controlnet.single_file import controlnet_part, controlnet_sizes
-from p3_controlnet.weights_file import WeightsFile
-
-KEYS = json.loads((Path(__file__).parent / "sd_v1_ckpt_keys.json").read_text())
+from tests.stable_diffusion import KEYS
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from common.circles import Circle, Scene, draw_hint, draw_target
+from common.colour import COLOURS, ciede2000, rgb_to_lab
 from common.errors import UserError, run
 from p3_controlnet import evaluate, fill50k
-from p3_controlnet.colour import COLOURS, ciede2000, rgb_to_lab
-from p3_controlnet.fill50k import Circle, Scene, draw_hint, draw_target
 
 SIZE = 96
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPTokenizer
 
+from common.circles import Circle, Scene, draw_target
+from common.colour import COLOURS, ciede2000, rgb_to_lab
 from common.pairs import Pair
 from common.runtime import seeded_generator
-from p3_controlnet.colour import COLOURS, ciede2000, rgb_to_lab
-from p3_controlnet.fill50k import Circle, Scene, draw_target
 from p3_controlnet.miniature import learn_merges, make_clip, make_image_processor, make_tokenizer, make_unet, make_vae
 from p3_controlnet.pictures import Pictures
 from p3_controlnet.stage_clip import contrastive_loss, similarities

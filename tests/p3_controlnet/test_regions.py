@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from p3_controlnet.fill50k import Circle, Scene, distances, draw_hint, draw_target, random_scenes
+from common.circles import Circle, Scene, distances, draw_hint, draw_target, random_scenes
 from p3_controlnet.regions import (
     centre_iou,
     centre_region,

@@ -12,8 +12,8 @@ from PIL import Image
 from common.pairs import read_hints, read_pairs
 from common.sampling import ImageNoise
 from common.sampling import draw as draw_latents
+from common.stable_diffusion.base import Base, load_base
 from p3_controlnet import sample
-from p3_controlnet.base import Base, load_base
 from p3_controlnet.model import ControlNet, HintEncoder
 from p3_controlnet.sample import HintSampler, SamplingOptions
 from p3_controlnet.unet import decode

@@ -11,9 +11,9 @@ from common.checkpoint import load_tensors
 from common.errors import UserError
 from common.pairs import read_hints, read_pairs
 from common.runtime import seeded_generator
+from common.stable_diffusion.base import load_base
 from common.training import Trainer
 from p3_controlnet import fill50k, train
-from p3_controlnet.base import load_base
 from p3_controlnet.cache import encode_pairs
 from p3_controlnet.model import ControlNet
 

@@ -13,9 +13,9 @@ from transformers import CLIPModel, CLIPProcessor
 from common.checkpoint import load_tensors
 from common.data import to_unit_range
 from common.errors import UserError
+from common.stable_diffusion.base import load_base
 from common.training import Trainer
 from p3_controlnet import fill50k, miniature, stage_clip, stage_unet, stage_vae
-from p3_controlnet.base import load_base
 from p3_controlnet.pictures import read_pictures
 from p3_controlnet.train_base import main, parse_arguments
 

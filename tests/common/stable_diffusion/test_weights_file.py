@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from common.checkpoint import save_tensors
 from common.errors import UserError
-from p3_controlnet.base import load_base
+from common.stable_diffusion.base import load_base
 from p3_controlnet.model import ControlNet
 
 UNET = "model.diffusion_model."

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from common.errors import UserError
-from p3_controlnet.base import load_base, save_base
-from p3_controlnet.single_file import SD_V1, cache_folder, empty_models
-from p3_controlnet.weights_file import WeightsFile
+from common.stable_diffusion.base import load_base, save_base
+from common.stable_diffusion.single_file import SD_V1, cache_folder, empty_models
+from common.stable_diffusion.weights_file import WeightsFile
+from tests.stable_diffusion import KEYS
 
-KEYS = json.loads((Path(__file__).parent / "sd_v1_ckpt_keys.json").read_text())
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 
 
@@ -231,7 +231,7 @@ def test_the_cache_is_the_users(monkeypatch, tmp_path):
 def test_reading_in_pieces_gives_the_same(sd_state, base, tmp_path, suffix, monkeypatch):
     path = tmp_path / f"sd.{suffix}"
     torch.save(sd_state, path) if suffix == "ckpt" else save_file(sd_state, path)
-    monkeypatch.setattr("p3_controlnet.weights_file.AT_ONCE", 100_000)
+    monkeypatch.setattr("common.stable_diffusion.weights_file.AT_ONCE", 100_000)
     assert same(load_base(path).vae, base.vae)
 
 

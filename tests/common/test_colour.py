@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import CSS4_COLORS
 
-from p3_controlnet.colour import COLOURS, ciede2000, colour_named, rgb_to_lab
+from common.colour import COLOURS, ciede2000, colour_named, rgb_to_lab
 
 # Sharma, Wu and Dalal 2005, table 1: two CIELAB colours and their difference.
 SHARMA = """

@@ -21,8 +21,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from common.checkpoint import load_strictly, save_tensors
 from common.errors import UserError
-from p3_controlnet.conversion import original_text_names, original_unet_names, original_vae_names
-from p3_controlnet.weights_file import (
+from common.stable_diffusion.conversion import original_text_names, original_unet_names, original_vae_names
+from common.stable_diffusion.weights_file import (
     CONTROL,
     TEXT,
     UNET,
@@ -34,7 +34,7 @@ from p3_controlnet.weights_file import (
     unpickled,
 )
 
-SD_V1 = Path(__file__).resolve().parent / "sd_v1"  # a pipeline folder without weights
+SD_V1 = Path(__file__).resolve().parent / "v1"  # a pipeline folder without weights
 AVERAGED = "model_ema."
 # Of another use than drawing: the VAE's discriminator, and positions, which are 0, 1, 2, ...
 IDLE = r"loss\.|model_ema\.|(text_model\.)?embeddings\.position_ids$"

@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 from common.checkpoint import UNFINISHED
 from common.errors import UserError
 from common.schedule import NoiseSchedule
-from p3_controlnet.single_file import SD_V1, read_stable_diffusion
+from common.stable_diffusion.single_file import SD_V1, read_stable_diffusion
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from p3_controlnet.base import load_base, read_schedule, save_base, save_part
+from common.stable_diffusion.base import load_base, read_schedule, save_base, save_part
 
 PROMPTS = ["red circle with blue background", "", "Two GOLD circles!"]
 
@@ -50,7 +50,7 @@ def test_contexts_are_the_pipelines(base, pipeline):
 
 def test_contexts_do_not_depend_on_how_many_are_encoded_at_once(base, monkeypatch):
     whole = base.encode_prompts(PROMPTS)
-    monkeypatch.setattr("p3_controlnet.base.PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr("common.stable_diffusion.base.PROMPTS_AT_ONCE", 2)
     assert (base.encode_prompts(PROMPTS) - whole).abs().max() <= 1e-6
 
 
