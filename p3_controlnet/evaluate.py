@@ -20,14 +20,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import torch
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from common.checkpoint import write_atomically
 from common.circles import read_prompt
+from common.clip import Clip
 from common.colour import COLOURS, ciede2000, colour_named, rgb_to_lab
 from common.data import read_image
-from common.errors import Parser, UserError, run
+from common.errors import Parser, run
 from common.images import check_output_folder
 from common.pairs import Pair, read_pair_image, read_pairs, usable
 from p3_controlnet.regions import (
@@ -44,7 +43,6 @@ from p3_controlnet.sample import EXAMPLES, OUTPUT
 CLIP = Path(__file__).resolve().parent / "weights" / "clip"
 RIGHT = 10.0  # CIEDE2000: up to here a colour counts as the named one
 BEST = 10  # pictures that the course's score is the mean of
-BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -113,50 +111,6 @@ def judge(hint: np.ndarray, image: np.ndarray, prompt: str) -> Judgement:
     ious = [intersection_over_union(region, region_at(image, deepest(region))) for region in regions]
     discs = [judge_area(image, *disc) for disc in zip(regions, names, ious)]
     return Judgement(centre_iou(hint, image), discs, judge_area(image, background, background_name))
-
-
-class Clip:
-    """Cosines of images and prompts by a CLIP model in a local folder, such as ViT-B/32's or the project's own.
-
-    Raises:
-        UserError: the folder does not hold a model, a tokenizer and an image processor in transformers' format.
-    """
-
-    def __init__(self, folder: Path):
-        if not Path(folder).is_dir():
-            raise UserError(f"{folder}: no such folder; name one with a CLIP model in transformers' format")
-        local = {"local_files_only": True}
-        try:
-            model, info = CLIPModel.from_pretrained(folder, output_loading_info=True, **local)
-            self.tokenizer = CLIPTokenizer.from_pretrained(folder, **local)
-            self.processor = CLIPImageProcessor.from_pretrained(folder, **local)
-            if info["missing_keys"] or len(self.tokenizer) != model.config.text_config.vocab_size:
-                # transformers would go on with random weights, or without the words.
-                raise ValueError("weights are missing, or the tokenizer is another model's")
-        except Exception as error:  # the reader stumbles in many ways over what is missing: OSError, TypeError, ...
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"{folder}: not a CLIP folder in transformers' format ({reason}); name another") from None
-        self.model = model.float().eval()
-
-    @torch.inference_mode()
-    def cosines(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float]:
-        """The cosine of each image, uint8 (H, W, 3), and its prompt. Prompts that are too long are cut."""
-        cosines = []
-        for i in range(0, len(images), BATCH):
-            tokens = self.tokenizer(
-                list(prompts[i : i + BATCH]),
-                padding=True,
-                truncation=True,
-                max_length=self.model.config.text_config.max_position_embeddings,
-                return_tensors="pt",
-            )
-            pictures = [image.copy() for image in images[i : i + BATCH]]  # torch warns of arrays it may not write to
-            pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
-            output = self.model(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels
-            )
-            cosines += (output.image_embeds * output.text_embeds).sum(dim=-1).tolist()
-        return cosines
 
 
 def course_score(iou: Sequence[float], cosines: Sequence[float], best: int | None = BEST) -> float:

@@ -2,14 +2,11 @@
 
 import ast
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from common.circles import Circle, Scene, draw_hint, draw_target
 from common.colour import COLOURS, ciede2000, rgb_to_lab
@@ -115,52 +112,6 @@ def test_the_summary_counts_what_is_known():
     unknown = evaluate.summary(judgements[2:])
     assert unknown["colours_right"] is unknown["disc_right"] is None
     assert "score_best" not in unknown
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory):
-    """A small CLIP of random weights whose words are single letters."""
-    torch.manual_seed(0)
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    ids = {"vocab_size": len(tokens), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    config = CLIPConfig(
-        text_config=sizes | ids | {"max_position_embeddings": 20, "projection_dim": 8},
-        vision_config=sizes | {"image_size": 32, "patch_size": 16, "projection_dim": 8},
-        projection_dim=8,
-    )
-    folder = tmp_path_factory.mktemp("clip") / "clip"
-    CLIPModel(config).save_pretrained(folder)
-    vocabulary = {token: k for k, token in enumerate(tokens)}
-    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=20).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
-    return folder
-
-
-def test_cosines_are_transformers_own(clip_folder):
-    random = np.random.default_rng(0)
-    images = [random.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for _ in range(evaluate.BATCH + 2)]
-    prompts = ["red circle", "a", "blue circle with a very long tail of words"] * len(images)
-    cosines = evaluate.Clip(clip_folder).cosines(images, prompts[: len(images)])
-    assert len(cosines) == len(images)
-    model, tokenizer, processor = (
-        part.from_pretrained(clip_folder) for part in (CLIPModel, CLIPTokenizer, CLIPImageProcessor)
-    )
-    for i in (0, 1, 2, len(images) - 1):
-        tokens = tokenizer(prompts[i], return_tensors="pt", truncation=True, max_length=20)
-        with torch.no_grad():
-            text = model.get_text_features(**tokens).pooler_output
-            picture = model.get_image_features(**processor(images[i], return_tensors="pt")).pooler_output
-        assert cosines[i] == pytest.approx(torch.cosine_similarity(text, picture).item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"])
-def test_half_a_clip_folder_is_refused(lost, clip_folder, tmp_path):
-    folder = shutil.copytree(clip_folder, tmp_path / "clip")
-    (folder / lost).unlink()
-    with pytest.raises(UserError, match="not a CLIP folder"):
-        evaluate.Clip(folder)
 
 
 @pytest.fixture
