@@ -5,7 +5,6 @@ import copy
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 from common.checkpoint import UNFINISHED
 from common.errors import UserError
 from common.schedule import NoiseSchedule
+from common.stable_diffusion.prompts import prompt_tokens
 from common.stable_diffusion.single_file import SD_V1, read_stable_diffusion
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -65,24 +65,10 @@ class Base:
     def encode_prompts(self, prompts: Sequence[str], where: Sequence[str] | None = None) -> Tensor:
         """What the U-Net attends to for each prompt: the text encoder's last hidden states (N, tokens, width).
 
-        Prompts with more tokens than the encoder takes (77, of which two mark start and end) are cut, with a line on
-        stderr for each.
-
         Args:
-            prompts: texts; an empty one means "no condition".
-            where: the file and line of each, to be named when it is cut.
+            prompts, where: see `prompt_tokens`, which cuts those that are too long, with a line on stderr.
         """
-        longest = self.tokenizer.model_max_length
-        for k, ids in enumerate(self.tokenizer(list(prompts), verbose=False).input_ids):
-            if len(ids) > longest:
-                mention = f"{where[k]}: " if where else ""
-                print(
-                    f"warning: {mention}prompt of {len(ids)} tokens is cut to {longest}: {prompts[k][:40]!r}...",
-                    file=sys.stderr,
-                )
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
-        ).input_ids.to(self.device)
+        tokens = prompt_tokens(self.tokenizer, prompts, where).to(self.device)
         return torch.cat([self.text_encoder(part).last_hidden_state for part in tokens.split(PROMPTS_AT_ONCE)])
 
     @torch.no_grad()
