@@ -37,6 +37,7 @@ from p1_ddpm.sample import DigitSampler, add_sampling_arguments, make_sampler, s
 from p1_ddpm.train import DigitBatches
 
 PUBLISHED_STEPS = 1000
+QUICK_WIDTHS = (8, 16)  # of a network that takes a processor about as long as ours takes a GPU
 DIFFUSERS = {
     "ddpm": lambda: DDPMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
@@ -209,6 +210,8 @@ def main(args) -> dict:
     figures["utilisation"]["share"] = achieved / ceiling
     config = replace(sampler.model.config, num_labels=20)
     figures["training"] = time_training_step(config, args.training_batch, args.repeats)
+    quick = replace(config, widths=QUICK_WIDTHS, blocks=(1, 1), embedding=32)
+    figures["training_quick_network"] = time_training_step(quick, args.training_batch, args.repeats)
     print(json.dumps(figures, indent=2))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

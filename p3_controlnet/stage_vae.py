@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from p3_controlnet.miniature import SIZE, make_vae
 from p3_controlnet.pictures import Pictures
 
 SHOWN = 8  # images a sample grid
-CROPS = ((0.7, SIZE // 4), (0.75, SIZE // 2), (1.0, SIZE))  # up to which share of its steps the VAE sees which size
+SHRUNK = ((0.5, 2), (1.0, 1))  # up to which share of its steps the VAE sees pictures shrunk how many times
 FLAT = 0.01  # a colour of so much of a picture's area is one of its flat areas, no shade of an edge
 
 
@@ -56,14 +57,6 @@ def reconstruction_loss(restored: Tensor, x0: Tensor) -> Tensor:
     return error.abs().mean() + sum(error.diff(dim=dim).abs().mean() for dim in (2, 3))
 
 
-def random_crops(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """A square of `size` pixels from anywhere in each image (N, C, H, W): (N, C, size, size)."""
-    n, _, height, width = images.shape
-    top = torch.randint(0, height - size + 1, (n,), generator=generator).tolist()
-    left = torch.randint(0, width - size + 1, (n,), generator=generator).tolist()
-    return torch.stack([image[:, y : y + size, x : x + size] for image, y, x in zip(images, top, left)])
-
-
 def flat_colours(image: np.ndarray) -> np.ndarray:
     """The colours of an image's flat areas, that of its upper left corner first: uint8 (colours, 3)."""
     colours, counts = np.unique(image.reshape(-1, 3), axis=0, return_counts=True)
@@ -98,7 +91,8 @@ def train_vae(args: argparse.Namespace, options: TrainingOptions, train: Picture
 
     The loss is `reconstruction_loss` plus a little of the latents' Kullback-Leibler divergence from a standard normal
     (Rombach et al. 2022, section 3.1; without its perceptual and adversarial terms, which flat colours don't need).
-    Most steps see crops: they show as many colours as whole images for a sixteenth of the work.
+    Half of the steps see pictures of half the size: edges and colours are the same there for a fourth of the work.
+    (Crops are not: norms over a whole picture see other statistics.)
     """
     torch.manual_seed(options.seed)
     model = RoundTrip(make_vae())
@@ -107,9 +101,9 @@ def train_vae(args: argparse.Namespace, options: TrainingOptions, train: Picture
 
     def make_batch(step: int, generator: torch.Generator) -> Batch:
         index = shuffled_indices(len(images), options.seed, step * options.batch_size, options.batch_size)
-        size = next(size for share, size in CROPS if step < share * options.steps)
-        x0 = to_unit_range(random_crops(images[index], size, generator))
-        return {"x0": x0, "eps": torch.randn(len(index), channels, *[size // factor] * 2, generator=generator)}
+        times = next(times for share, times in SHRUNK if step < share * options.steps)
+        x0 = F.avg_pool2d(to_unit_range(images[index]), times)
+        return {"x0": x0, "eps": torch.randn(len(x0), channels, *[SIZE // times // factor] * 2, generator=generator)}
 
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         restored, mean, logvar = model(**batch)

@@ -9,12 +9,11 @@ from transformers import CLIPTokenizer
 from common.circles import Circle, Scene, draw_target
 from common.colour import COLOURS, ciede2000, rgb_to_lab
 from common.pairs import Pair
-from common.runtime import seeded_generator
 from p3_controlnet.miniature import learn_merges, make_clip, make_image_processor, make_tokenizer, make_unet, make_vae
 from p3_controlnet.pictures import Pictures
 from p3_controlnet.stage_clip import contrastive_loss, similarities
 from p3_controlnet.stage_unet import shows_named_colours
-from p3_controlnet.stage_vae import RoundTrip, flat_colours, random_crops, reconstruction_loss, round_trip_quality
+from p3_controlnet.stage_vae import RoundTrip, flat_colours, reconstruction_loss, round_trip_quality
 
 PROMPTS = [f"{name} circle and {name} circle with {name} background" for name in COLOURS]
 ONE = Scene((Circle(70.0, 50.0, 30.0, "gold"),), "dark slate blue")
@@ -111,16 +110,6 @@ def test_the_reconstruction_loss_counts_pixels_and_edges():
     edge = torch.cat([flat[..., :4], flat[..., 4:] + 1], dim=-1)
     # Half of the pixels are off by one, and so is one of the seven steps between columns.
     assert reconstruction_loss(edge, flat).item() == pytest.approx(0.5 + 1 / 7)
-
-
-def test_crops_are_cut_from_anywhere():
-    rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(12.0), indexing="ij")
-    images = torch.stack([rows, columns]).expand(300, 2, 16, 12)
-    crops = random_crops(images, 5, seeded_generator(0))
-    assert crops.shape == (300, 2, 5, 5)
-    corners = crops[:, :, 0, 0]
-    assert torch.equal(crops, corners[..., None, None] + images[:1, :, :5, :5])
-    assert [set(corner.tolist()) for corner in corners.T] == [set(range(12)), set(range(8))]
 
 
 def test_flat_colours_are_the_scenes():
