@@ -13,7 +13,8 @@ from common.errors import UserError
 from common.runtime import autocast
 from common.stable_diffusion.base import quiet
 
-BATCH = 32
+BATCH = 32  # pictures at a time
+TEXTS = 256  # at a time
 
 
 class Clip:
@@ -61,9 +62,9 @@ class Clip:
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of texts: float32 (N, D) on the CPU. Texts that are too long are cut."""
         rows = []
-        for i in range(0, len(texts), BATCH):
+        for i in range(0, len(texts), TEXTS):
             tokens = self.tokenizer(
-                list(texts[i : i + BATCH]),
+                list(texts[i : i + TEXTS]),
                 padding=True,
                 truncation=True,
                 max_length=self.model.config.text_config.max_position_embeddings,

@@ -1,0 +1,309 @@
+"""Name what pictures show without training for it: CLIP compares them with sentences, one or several a class.
+
+python zeroshot.py hw2_data/clip_zeroshot --clip FOLDER     # the course's: id2label.json and val/{class}_{n}.png
+python zeroshot.py                                          # colours of held-out circles, by the CLIP of the miniature
+
+Prints the share of pictures whose class comes first (top-1) and among the first five (top-5). OUT gets confusion.png
+and examples.png: five successes and five failures, with the five classes that CLIP thinks likeliest.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.checkpoint import write_atomically
+from common.circles import draw_target, random_scenes
+from common.clip import Clip
+from common.colour import COLOURS, ciede2000, rgb_to_lab
+from common.data import IMAGE_SUFFIXES, read_image
+from common.errors import Parser, UserError, run
+from common.images import check_output_folder, staged
+from common.runtime import PRECISIONS, pick_device, pick_precision
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIP = ROOT / "p3_controlnet" / "weights" / "clip"
+TEMPLATE = "A photo of a {}."  # what most of CLIP's zero-shot results were made with
+COMBINATIONS = ("mean", "best")
+SIZE = 128  # pixels of the circles
+PICTURES_AT_ONCE = 256
+BEST = 5
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures with one class each.
+
+    Attributes:
+        classes: their names.
+        names: of the pictures.
+        labels: int64 (N,), each picture's position in `classes`.
+        read: picture number k, uint8 (H, W, 3).
+    """
+
+    classes: list[str]
+    names: list[str]
+    labels: Tensor
+    read: Callable[[int], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_classes(table: Path) -> dict[str, str]:
+    """The names in `id2label.json` by their numbers, in the order of the numbers.
+
+    Raises:
+        UserError: no such file, or no object of numbers and names.
+    """
+    example = 'write it like {"0": "bicycle", "1": "chair"}'
+    try:
+        names = json.loads(table.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{table}: cannot be read ({error.strerror}); {example}") from None
+    except ValueError as error:
+        raise UserError(f"{table}: not JSON ({error}); {example}") from None
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{table}: not an object with a name for each number; {example}")
+    for number, name in names.items():
+        if not number.isdecimal() or not isinstance(name, str) or not name.strip():
+            raise UserError(f"{table}: {number!r} is {json.dumps(name)[:40]}; {example}")
+    return dict(sorted(names.items(), key=lambda item: int(item[0])))
+
+
+def read_examples(folder: Path) -> Examples:
+    """The course's pictures: `id2label.json`, and `val/{class}_{n}.png` (or .jpg, ...).
+
+    Raises:
+        UserError: the folder, its table or its pictures are missing, or a picture's class is not in the table.
+    """
+    names = read_classes(folder / "id2label.json")
+    position = {number: k for k, number in enumerate(names)}
+    val = folder / "val"
+    files = sorted(val.iterdir()) if val.is_dir() else []
+    files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")]
+    if not files:
+        raise UserError(f"{val}: holds no pictures; it should hold files such as 0_450.png")
+    labels = []
+    for file in files:
+        number, line, _ = file.stem.partition("_")
+        if not line or number not in position:
+            raise UserError(f"{file}: its class {number} is not in id2label.json; add the class, or move the file away")
+        labels.append(position[number])
+    return Examples(
+        list(names.values()), [file.name for file in files], torch.tensor(labels), lambda k: read_image(files[k], None)
+    )
+
+
+def distinct_colours(count: int) -> list[str]:
+    """So many names of COLOURS, each chosen to be as unlike those before it as possible (CIEDE2000).
+
+    Two names of one colour, or nearly one, would be a matter of luck for anyone: `snow` and `white` differ by 2.
+    """
+    lab = rgb_to_lab(list(COLOURS.values()))
+    differences = ciede2000(lab[:, None], lab)
+    chosen = [int(differences.max(axis=1).argmax())]
+    while len(chosen) < count:
+        chosen.append(int(differences[chosen].min(axis=0).argmax()))
+    return [list(COLOURS)[k] for k in chosen]
+
+
+def circle_examples(classes: Sequence[str], count: int, seed: int) -> Examples:
+    """Circles on backgrounds with which training never showed them; a picture's class is its disc's colour."""
+    scenes = random_scenes(sys.maxsize, SIZE, seed, circles=(1,), held_out=True)
+    scenes = list(islice((scene for scene in scenes if scene.circles[0].colour in classes), count))
+    position = {name: k for k, name in enumerate(classes)}
+    return Examples(
+        list(classes),
+        [scene.prompt for scene in scenes],
+        torch.tensor([position[scene.circles[0].colour] for scene in scenes]),
+        lambda k: draw_target(scenes[k], SIZE),
+    )
+
+
+def class_scores(clip: Clip, examples: Examples, templates: Sequence[str], combine: str) -> Tensor:
+    """How well each class fits each picture: cosines, float32 (N, classes) (Radford et al. 2021, section 3.1.4).
+
+    Args:
+        clip: the model.
+        examples: the pictures and classes.
+        templates: sentences in which {} stands for the class.
+        combine: "mean" compares with the mean of a class's sentences, as unit vectors; "best" takes the sentence that
+            fits best, for templates that also say what else there may be to see.
+    """
+    sentences = [
+        clip.embed_texts([template.replace("{}", name) for name in examples.classes]) for template in templates
+    ]
+    if combine == "mean":
+        sentences = [F.normalize(torch.stack(sentences).mean(dim=0), dim=-1)]
+    rows = []
+    for start in range(0, len(examples), PICTURES_AT_ONCE):
+        numbers = range(start, min(start + PICTURES_AT_ONCE, len(examples)))
+        pictures = clip.embed_images([examples.read(k) for k in numbers])
+        best = pictures @ sentences[0].T
+        for vectors in sentences[1:]:
+            best = torch.maximum(best, pictures @ vectors.T)
+        rows.append(best)
+    return torch.cat(rows)
+
+
+def figures_of(scores: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """Accuracy of the best and of the five best, accuracy by class, and the confusion matrix.
+
+    Args:
+        scores: (N, classes).
+        labels: int64 (N,).
+        classes: their names.
+    """
+    ranked = scores.topk(min(BEST, len(classes)), dim=1).indices
+    right = ranked == labels[:, None]
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    confusion.index_put_((labels, ranked[:, 0]), torch.tensor(1), accumulate=True)
+    return {
+        "pictures": len(labels),
+        "classes": len(classes),
+        "top1": right[:, 0].double().mean().item(),
+        "top5": right.any(dim=1).double().mean().item(),
+        "by_class": {
+            name: int(row[k]) / int(row.sum()) for k, (name, row) in enumerate(zip(classes, confusion)) if row.sum()
+        },
+        "confusion": confusion.tolist(),
+    }
+
+
+def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str):
+    """A matplotlib figure of the share of each class's pictures (rows) that were given each name (columns)."""
+    from matplotlib.figure import Figure  # here, because it takes a second to import
+
+    counts = np.asarray(confusion, dtype=np.float64)
+    side = 3 + 0.17 * len(classes)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.add_subplot()
+    shown = axes.imshow(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(shown, ax=axes, shrink=0.6)
+    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(classes)), classes, fontsize=7)
+    axes.set(xlabel="named by CLIP", ylabel="class", title=title)
+    return figure
+
+
+def chosen_examples(right: Tensor, labels: Tensor) -> list[int]:
+    """The first pictures of which a truth value holds, each of another class while there are enough classes."""
+    numbers = right.nonzero()[:, 0].tolist()
+    first = dict(reversed([(int(labels[k]), k) for k in numbers]))
+    others = [k for k in numbers if k not in first.values()]
+    return sorted([*sorted(first.values()), *others][:SHOWN])
+
+
+def examples_figure(examples: Examples, scores: Tensor, scale: float):
+    """A matplotlib figure of successes (left) and failures (right), each picture beside its five likeliest classes.
+
+    Bars are the softmax of the scores times CLIP's own scale, over all classes; the true class is green.
+    """
+    from matplotlib.figure import Figure
+
+    probabilities = (scale * scores).softmax(dim=1)
+    hits = scores.argmax(dim=1) == examples.labels
+    figure = Figure(figsize=(11, 2 * SHOWN), layout="constrained")
+    grid = figure.subplots(SHOWN, 4, width_ratios=(1, 1.4, 1, 1.4), squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for side, (word, chosen) in enumerate({"success": hits, "failure": ~hits}.items()):
+        for row, k in enumerate(chosen_examples(chosen, examples.labels)):
+            picture, bars = grid[row, 2 * side : 2 * side + 2]
+            label = int(examples.labels[k])
+            picture.imshow(examples.read(k))
+            picture.set_title(f"{word}: {examples.classes[label]}", fontsize=9)
+            likeliest = probabilities[k].topk(min(BEST, len(examples.classes)))
+            numbers = likeliest.indices.tolist()
+            drawn = bars.barh(
+                range(len(numbers)),
+                (100 * likeliest.values).tolist(),
+                color=["tab:green" if number == label else "tab:gray" for number in numbers],
+            )
+            bars.bar_label(drawn, fmt="%.1f %%", fontsize=8, padding=2)
+            bars.axis("on")
+            bars.set_yticks(range(len(numbers)), [examples.classes[number] for number in numbers], fontsize=8)
+            bars.set(xlim=(0, 118), xticks=[])
+            bars.invert_yaxis()
+            bars.spines[:].set_visible(False)
+    return figure
+
+
+def parse_arguments(argv: list[str] | None = None):
+    parser = Parser(prog="zeroshot.py", description=__doc__)
+    parser.add_argument(
+        "data", type=Path, nargs="?", metavar="DATA", help="folder with id2label.json and val/ (default: drawn circles)"
+    )
+    parser.add_argument("--clip", type=Path, default=CLIP, metavar="FOLDER", help="CLIP in transformers' format")
+    parser.add_argument(
+        "--templates",
+        nargs="+",
+        metavar="TEXT",
+        help=f'{{}} stands for the class (default: "{TEMPLATE}"; for circles "{{}} circle with ... background", with'
+        " every colour there is)",
+    )
+    parser.add_argument(
+        "--combine", choices=COMBINATIONS, help="of several templates: their mean, or the best (default for circles)"
+    )
+    parser.add_argument("--classes", type=int, default=50, help="of circles: so many unlike colours")
+    parser.add_argument("--count", type=int, default=1000, help="of circles: pictures")
+    parser.add_argument("--seed", type=int, default=0, help="of circles: the same seed gives the same pictures")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "p3_zeroshot", help="folder for the figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of CLIP")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    return parser.parse_args(argv)
+
+
+def main(args) -> dict[str, Any]:
+    """Classify, print, write the figures, and return the numbers of `figures_of`.
+
+    Raises:
+        UserError: bad arguments, pictures or tables, a folder without CLIP, or one that cannot be written.
+    """
+    if not 2 <= args.classes <= len(COLOURS) or args.count < 1:
+        raise UserError(f"--classes {args.classes} --count {args.count}: from 2 to {len(COLOURS)}, and at least 1")
+    if odd := [template for template in args.templates or () if "{}" not in template]:
+        raise UserError(f"--templates {odd[0]!r}: has no {{}} for the class, as in {TEMPLATE!r}")
+    for folder in (args.out, *([args.json.parent] if args.json else [])):
+        check_output_folder(folder)
+    device = pick_device(args.device)
+    clip = Clip(args.clip, device, pick_precision(args.precision, device))
+    if args.data:
+        examples, templates, combine = read_examples(args.data), [TEMPLATE], "mean"
+    else:
+        examples = circle_examples(distinct_colours(args.classes), args.count, args.seed)
+        # A picture of a disc always shows a background as well, and CLIP has hardly seen sentences without one.
+        templates, combine = [f"{{}} circle with {name} background" for name in COLOURS], "best"
+    templates, combine = args.templates or templates, args.combine or combine
+    scores = class_scores(clip, examples, templates, combine)
+    result = {"clip": str(args.clip), "templates": templates, "combine": combine}
+    result |= figures_of(scores, examples.labels, examples.classes)
+    title = (
+        f"top-1 {result['top1']:.1%}, top-5 {result['top5']:.1%} of {len(examples)} pictures,"
+        f" {len(examples.classes)} classes"
+    )
+    with staged(args.out) as stage, torch.inference_mode():
+        confusion_figure(result["confusion"], examples.classes, title).savefig(stage / "confusion.png", dpi=120)
+        scale = clip.model.logit_scale.exp().item()
+        examples_figure(examples, scores, scale).savefig(stage / "examples.png", dpi=120)
+    if args.json:
+        write_atomically(args.json, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
+    print(f"{title}; confusion.png, examples.png in {args.out}")
+    return result
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())
