@@ -1,7 +1,7 @@
 """Scenes of filled circles, the course's sentences about them, and their drawings."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from zlib import crc32
@@ -128,13 +128,19 @@ def distances(circle: Circle, size: int) -> np.ndarray:
     return np.sqrt((middles - circle.x) ** 2 + ((middles - circle.y) ** 2)[:, None])
 
 
-def draw_target(scene: Scene, size: int) -> np.ndarray:
-    """The discs on their background, anti-aliased: uint8 (size, size, 3)."""
-    picture = np.full((size, size, 3), COLOURS[scene.background], dtype=np.float32)
+def draw_target(scene: Scene, size: int, colours: Mapping[str, Sequence[int]] = COLOURS) -> np.ndarray:
+    """The discs on their background, anti-aliased: uint8 (size, size, 3).
+
+    Args:
+        scene: what to draw.
+        size: side of the picture in pixels.
+        colours: sRGB, 0 to 255, of all names in the scene.
+    """
+    picture = np.full((size, size, 3), colours[scene.background], dtype=np.float32)
     for circle in scene.circles:
         # The share of a pixel that a straight edge at this distance leaves inside.
         cover = np.clip(circle.radius - distances(circle, size) + 0.5, 0, 1)[..., None]
-        picture += cover * (np.float32(COLOURS[circle.colour]) - picture)
+        picture += cover * (np.float32(colours[circle.colour]) - picture)
     return (picture + 0.5).astype(np.uint8)
 
 

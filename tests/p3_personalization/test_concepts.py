@@ -1,0 +1,105 @@
+"""The miniature's concepts: colours without a name, their pictures, and the grader's table."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.spatial import cKDTree
+
+from common.circles import VISIBLE
+from common.colour import COLOURS, ciede2000, rgb_to_lab
+from common.errors import UserError
+from p3_personalization import concepts
+from p3_personalization.concepts import CONCEPTS, PROMPTS, concept_scenes, draw, main, nearest_name, parse_arguments
+
+
+class Eyes:
+    """Stands for CLIP: a picture is its mean colour, a text always the same."""
+
+    def embed_images(self, images):
+        means = torch.stack([torch.from_numpy(image).double().mean(dim=(0, 1)) for image in images])
+        return torch.nn.functional.normalize(means, dim=-1)
+
+    def embed_texts(self, texts):
+        return torch.tensor([[0.6, 0.8, 0.0]], dtype=torch.float64).expand(len(texts), 3)
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    monkeypatch.setattr(concepts, "Clip", lambda folder: Eyes())
+    return main(parse_arguments([str(tmp_path / "concepts")]))
+
+
+def test_no_vivid_colour_is_farther_from_all_names():
+    grid = np.stack(np.meshgrid(*[np.arange(0, 256, 8)] * 3), axis=-1).reshape(-1, 3)
+    lab, named = rgb_to_lab(grid), rgb_to_lab(list(COLOURS.values()))
+    vivid = (lab[:, 0] >= 25) & (np.hypot(lab[:, 1], lab[:, 2]) >= 40)
+    # CIE76, which is quick, is seldom less than CIEDE2000 between vivid colours.
+    far = vivid & (cKDTree(named).query(lab)[0] > 15)
+    distances = ciede2000(lab[far, None], named).min(axis=1)
+    first = distances.argmax()
+    second = np.where(ciede2000(lab[far], lab[far][first]) > 30, distances, 0).argmax()
+    assert [tuple(grid[far][k]) for k in (first, second)] == list(CONCEPTS.values())
+    assert min(distances[first], distances[second]) > 16
+    assert nearest_name((255, 1, 0)) == ("red", pytest.approx(0.0, abs=0.5))
+    assert nearest_name(CONCEPTS["<new1>"])[1] == pytest.approx(distances[first])
+
+
+def test_every_picture_shows_the_concept_where_its_scene_says():
+    for token, colour in CONCEPTS.items():
+        scenes = concept_scenes(token, 5, seed=0)
+        assert len({scene.background for scene in scenes}) == 5
+        for scene in scenes:
+            picture, (circle,) = draw(scene), scene.circles
+            assert picture.shape == (128, 128, 3)
+            assert tuple(picture[int(circle.y), int(circle.x)]) == colour
+            corner = COLOURS[scene.background]
+            assert tuple(picture[0, 0]) == corner
+            assert np.linalg.norm(rgb_to_lab(corner) - rgb_to_lab(colour)) > VISIBLE
+    assert concept_scenes("<new1>", 3, seed=0) == concept_scenes("<new1>", 5, seed=0)[:3]
+    assert concept_scenes("<new1>", 3, seed=1) != concept_scenes("<new1>", 3, seed=0)
+
+
+def test_the_folder_is_as_the_grader_gives_it(made):
+    table = json.loads(made.read_text())
+    assert list(table) == ["0", "1"]
+    for number, token in zip(table, CONCEPTS):
+        entry = table[number]
+        assert list(entry) == ["src_image", "token_name", "prompt", "prompt_4_clip_eval", "baseline"]
+        assert entry["token_name"] == token
+        assert len(entry["prompt"]) == len(entry["prompt_4_clip_eval"]) == len(entry["baseline"]) == 2
+        assert all(token in prompt for prompt in entry["prompt"])
+        assert not any("<" in prompt for prompt in entry["prompt_4_clip_eval"])
+        names = sorted(path.name for path in (made.parent / number).iterdir())
+        assert names == [f"{k}.{kind}" for k in range(5) for kind in ("png", "txt")]
+        for k in range(5):
+            caption = (made.parent / number / f"{k}.txt").read_text().strip()
+            background = re.fullmatch(r"\{\} circle with ([a-z ]+) background", caption)[1]
+            with Image.open(made.parent / number / f"{k}.png") as picture:
+                assert picture.getpixel((0, 0)) == COLOURS[background]
+    assert sorted(path.name for path in made.parent.iterdir()) == ["0", "1", "input.json"]
+
+
+def test_baselines_are_nine_tenths_of_what_exact_drawings_score(made):
+    references = np.stack([draw(scene) for scene in concept_scenes("<new1>", 5, seed=0)]).mean(axis=(1, 2))
+    references /= np.linalg.norm(references, axis=1, keepdims=True)
+    image_score, text_score = json.loads(made.read_text())["0"]["baseline"][0]
+    scenes = concepts.prompt_scenes(PROMPTS[0], "<new1>", 25)
+    assert all(scene.prompt == "<new1> circle with white background" for scene in scenes)
+    drawn = np.stack([draw(scene) for scene in scenes]).mean(axis=(1, 2))
+    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+    assert image_score == int(90 * (drawn @ references.T).mean())
+    assert text_score == int(90 * (drawn @ [0.6, 0.8, 0.0]).mean())
+    (scene,) = concepts.prompt_scenes(PROMPTS[1], "<new2>", 1)
+    assert [circle.colour for circle in scene.circles] == ["<new2>", "gold"]
+
+
+def test_bad_arguments_write_nothing(tmp_path):
+    with pytest.raises(UserError, match=r"^--count 0: must be 1 to 100$"):
+        main(parse_arguments([str(tmp_path / "out"), "--count", "0"]))
+    with pytest.raises(UserError, match="no such folder; name one with a CLIP model"):
+        main(parse_arguments([str(tmp_path / "out"), "--clip", str(tmp_path / "none")]))
+    assert not (tmp_path / "out").exists()
