@@ -121,6 +121,8 @@ class HintEncoder(nn.Module):
         out_channels: width of the U-Net's first level.
     """
 
+    gradient_checkpointing = False  # see `checkpoint_gradients`
+
     def __init__(self, hint_channels: int, widths: Sequence[int], out_channels: int):
         super().__init__()
         self.conv_in = nn.Conv2d(hint_channels, widths[0], 3, padding=1)
@@ -131,6 +133,10 @@ class HintEncoder(nn.Module):
         self.conv_out = zeroed(nn.Conv2d(widths[-1], out_channels, 3, padding=1))
 
     def forward(self, hint: Tensor) -> Tensor:
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        return self._gradient_checkpointing_func(self.encode, hint) if again else self.encode(hint)
+
+    def encode(self, hint: Tensor) -> Tensor:
         h = F.silu(self.conv_in(hint))
         for convolution in self.blocks:
             h = F.silu(convolution(h))

@@ -37,14 +37,24 @@ class Pictures:
         return self.take((~held).nonzero()[:, 0]), self.take(held.nonzero()[:, 0])
 
 
+def read_table(folder: Path) -> list[Pair]:
+    """The pairs that `prompt.json` in a folder lists.
+
+    Raises:
+        UserError: the table is missing or broken, or lists too few to hold some out.
+    """
+    table = Path(folder) / "prompt.json"
+    pairs = read_pairs(table)
+    if len(pairs) < HELD_OUT_EVERY:
+        raise UserError(f"{table}: lists {len(pairs)} pictures; give at least {HELD_OUT_EVERY}")
+    return pairs
+
+
 def read_pictures(folder: Path, size: int) -> Pictures:
     """The pictures that `prompt.json` in a folder lists, resized to squares of `size`.
 
     Raises:
         UserError: the table or a picture is missing or broken, or there are too few to hold some out.
     """
-    table = Path(folder) / "prompt.json"
-    pairs = read_pairs(table)
-    if len(pairs) < HELD_OUT_EVERY:
-        raise UserError(f"{table}: lists {len(pairs)} pictures; give at least {HELD_OUT_EVERY}")
+    pairs = read_table(folder)
     return Pictures(pairs, read_hints(pairs, folder, size, field="target"))

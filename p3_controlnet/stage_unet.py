@@ -73,8 +73,9 @@ def train_unet(args: argparse.Namespace, options: TrainingOptions, train: Pictur
     parts = {name: load_part(folder, name, device) for name in ("vae", "text_encoder", "tokenizer")}
     base = Base(**parts, unet=unet, schedule=NoiseSchedule("cosine"), prediction="v")
     run = args.out / "stages" / "unet"
-    cache = encode_pairs(base, train.pairs, train.images, run / "train_cache.safetensors")
-    kept = encode_pairs(base, held_out.pairs, held_out.images, run / "held_out_cache.safetensors")
+    size = train.images.shape[-1]
+    cache = encode_pairs(base, train.pairs, args.data, size, run / "train_cache")
+    kept = encode_pairs(base, held_out.pairs, args.data, size, run / "held_out_cache")
 
     def batch_of(index: Tensor, of, generator: torch.Generator, drop: float) -> Batch:
         x0, context = of.take(index, torch.rand(len(index), generator=generator) < drop)

@@ -6,11 +6,13 @@ The first half is also how a ControlNet runs, whose trainable copy has the same 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Encoded(NamedTuple):
@@ -72,6 +74,18 @@ def decode(unet: UNet2DConditionModel, encoded: Encoded, context: Tensor) -> Ten
         size = skips[-1].shape[2:] if skips else None
         h = block(h, tuple(taken), embedding, upsample_size=size, **attending(block, context))
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
+
+
+def checkpoint_gradients(network: nn.Module) -> None:
+    """Let the layers of a U-Net or ControlNet keep only their inputs for the backward pass (Chen et al. 2016).
+
+    What else it needs is computed again then. Where no gradient flows nothing changes: the frozen encoder keeps nothing
+    anyway, and frozen weights get no gradients.
+    """
+    for module in network.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def combine(several: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Training a small ControlNet through its own script: what moves, what stays, resume, and bad input."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from common.checkpoint import load_tensors
 from common.errors import UserError
 from common.pairs import read_hints, read_pairs
 from common.runtime import seeded_generator
-from common.stable_diffusion.base import load_base
+from common.stable_diffusion.base import Base, load_base
 from common.training import Trainer
 from p3_controlnet import fill50k, train
 from p3_controlnet.cache import encode_pairs
 from p3_controlnet.model import ControlNet
+from p3_controlnet.watch import Watch
 
 SMALL = [
     *("--hint-channels", "4", "6", "8", "10", "--batch-size", "4", "--steps", "6", "--warmup", "1", "--lr", "1e-2"),
@@ -24,7 +26,14 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(autouse=True, scope="module")
+def few_to_validate_on():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "VALIDATED", 10)
+        yield
+
+
+@pytest.fixture(scope="module")
 def circles(tmp_path_factory):
     """Pictures of 64x64 with one circle or two; four of them are held out."""
     folder = tmp_path_factory.mktemp("circles") / "data"
@@ -43,7 +52,7 @@ def call(circles, pipeline_folder):
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(circles, pipeline_folder, tmp_path_factory):
     """An undisturbed run of six steps."""
     out = tmp_path_factory.mktemp("finished")
@@ -121,22 +130,90 @@ def test_training_goes_on_from_an_earlier_controlnet(call, finished, tmp_path):
 
 
 def test_prompts_are_dropped_as_often_as_told_and_hints_keep_their_targets(circles, pipeline_folder):
-
     base, pairs = load_base(pipeline_folder), read_pairs(circles / "prompt.json")
-    cache = encode_pairs(base, pairs, read_hints(pairs, circles, 64, "target"), None)
+    cache = encode_pairs(base, pairs, circles, 64)
     hints = read_hints(pairs, circles, 64)
-    batches = train.PairBatches(cache, hints, torch.arange(44), base.schedule, 400, 0.25, seed=0)
+    batches = train.PairBatches(cache, pairs, circles, 64, torch.arange(44), base.schedule, 400, 0.25, seed=0)
     batch = batches(0, seeded_generator(0, 1, 0))
     empty = base.encode_prompts([""])[0]
     dropped = (batch["context"] - empty).flatten(1).abs().amax(1) < 1e-3
     assert dropped.sum().item() == pytest.approx(100, abs=35)
     by_hint = {hint.numpy().tobytes(): k for k, hint in enumerate(hints)}
-    contexts, latents = base.encode_prompts([pair.prompt for pair in pairs]), cache.latents
+    contexts, latents = base.encode_prompts([pair.prompt for pair in pairs]), cache.take(torch.arange(44))[0]
     for k in range(40):
         own = by_hint[batch["hint"][k].numpy().tobytes()]
-        assert torch.equal(batch["x0"][k], latents[own].float())
+        assert torch.equal(batch["x0"][k], latents[own])
         if not dropped[k]:
             assert (batch["context"][k] - contexts[own]).abs().max() < 1e-2
+
+
+def test_checkpointed_and_accumulated_it_takes_the_same_steps(call, finished, tmp_path):
+    call(tmp_path / "run", "--gradient-checkpointing", "--accumulate", "2")
+    for name in ("loss", "validation_loss"):
+        ours, theirs = (
+            [line[name] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if name in line]
+            for out in (tmp_path / "run", finished)
+        )
+        assert ours == pytest.approx(theirs, rel=1e-3), name
+
+
+def test_encoded_pairs_are_shared_by_runs(call, tmp_path, monkeypatch):
+    call(tmp_path / "one", "--steps", "1", "--latents", str(tmp_path / "latents"))
+    assert not (tmp_path / "one" / "cache").exists()
+    monkeypatch.setattr(Base, "encode_images", None)
+    monkeypatch.setattr(Base, "encode_prompts", None)
+    call(tmp_path / "two", "--steps", "1", "--latents", str(tmp_path / "latents"))
+
+
+def test_a_dry_run_takes_one_step_and_writes_nothing(call, tmp_path, monkeypatch, capsys):
+    taken, whole = [], Trainer.take_step
+    monkeypatch.setattr(Trainer, "take_step", lambda trainer: taken.append(trainer) or whole(trainer))
+    figures = call(tmp_path / "run", "--dry-run", "--accumulate", "2", "--gradient-checkpointing")
+    assert list(tmp_path.iterdir()) == []
+    assert len(taken) == 1
+    assert json.loads(capsys.readouterr().out) == figures
+    trained = sum(parameter.numel() for parameter in taken[0].model.parameters())
+    assert figures["parameters_in_the_optimizer"] == figures["parameters_of_the_controlnet"] == trained
+    assert (figures["batch_size"], figures["accumulate"], figures["precision"]) == (4, 2, "no")
+    assert 0 < figures["peak_memory_gb"] < 50
+    assert figures["seconds"] > 0
+    # The first step like any other: the moments were there before, and it was the first by the optimizer's count.
+    states = taken[0].raw_optimizer.state.values()
+    assert all(state["step"] == 1 and state["exp_avg"].shape == state["exp_avg_sq"].shape for state in states)
+
+
+def test_a_dry_run_takes_the_very_step_of_a_run(call, circles, tmp_path, monkeypatch):
+    """Of a run whose batch has the same pairs."""
+    models, whole = [], Trainer.take_step
+
+    def watch(trainer):
+        result = whole(trainer)
+        models.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+        return result
+
+    monkeypatch.setattr(Trainer, "take_step", watch)
+    call(tmp_path / "dry", "--dry-run")
+    monkeypatch.setattr(train, "shuffled_indices", lambda count, seed, start, length: torch.arange(length) % count)
+    call(tmp_path / "run", "--steps", "1")
+    call(tmp_path / "dry", "--dry-run")
+    first_dry, run, dry = models
+    assert all(torch.equal(run[name], dry[name]) for name in run)
+    assert any(not torch.equal(first_dry[name], dry[name]) for name in dry)
+
+
+def test_on_a_gpu_the_frozen_weights_take_the_precision_of_the_training(call, tmp_path, monkeypatch):
+    assert train.frozen_dtype("bf16", torch.device("cuda")) == torch.bfloat16
+    assert train.frozen_dtype("fp16", torch.device("cuda")) == torch.float16
+    assert train.frozen_dtype("fp32", torch.device("cuda")) == torch.float32
+    assert train.frozen_dtype("bf16", torch.device("cpu")) == torch.float32
+    bases, encode = [], train.encoded
+    monkeypatch.setattr(train, "frozen_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(train, "encoded", lambda base, *rest: bases.append(base) or encode(base, *rest))
+    folder = call(tmp_path / "run", "--precision", "bf16", "--steps", "2")
+    assert {bases[0].unet.dtype, bases[0].vae.dtype} == {torch.bfloat16}
+    assert all(torch.isfinite(tensor).all() for tensor in ControlNet.load(folder)[0].state_dict().values())
+    state, _ = load_tensors(tmp_path / "run" / "state_00000002.safetensors")
+    assert {tensor.dtype for name, tensor in state.items() if name.startswith("model.")} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -148,22 +225,29 @@ def test_prompts_are_dropped_as_often_as_told_and_hints_keep_their_targets(circl
         (["--base", "{tmp}/absent"], "{tmp}/absent: no such"),
         (["--data", "{tmp}/absent"], "{tmp}/absent/prompt.json: no such file"),
         (["--init", "{tmp}/absent"], "{tmp}/absent: no such"),
+        (["--data", "{tmp}/data"], "{tmp}/data/prompt.json line 7: {tmp}/data/source/6.png: no such image"),
     ],
 )
-def test_bad_arguments_are_one_clear_line(call, tmp_path, flags, complaint):
+def test_bad_arguments_are_one_clear_line(call, circles, tmp_path, flags, complaint):
+    shutil.copytree(circles, tmp_path / "data")
+    (tmp_path / "data" / "source" / "6.png").unlink()
     with pytest.raises(UserError) as error:
         call(tmp_path / "run", *(flag.format(tmp=tmp_path) for flag in flags))
     assert complaint.format(tmp=tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
-def test_the_watch_sees_control_where_there_is_some(circles, pipeline_folder, controlnet_folder):
-
+@pytest.mark.parametrize("at_once", [3, 4])
+def test_the_watch_sees_control_where_there_is_some(circles, pipeline_folder, controlnet_folder, at_once):
     base, pairs = load_base(pipeline_folder), read_pairs(circles / "prompt.json")
-    cache = encode_pairs(base, pairs, read_hints(pairs, circles, 64, "target"), None)
-    batches = train.PairBatches(cache, read_hints(pairs, circles, 64), torch.arange(44), base.schedule, 4, 0.0, seed=0)
-    watch = train.Watch(base, batches(0, seeded_generator(0, 3)), 2.0)
+    cache = encode_pairs(base, pairs, circles, 64)
+    batches = train.PairBatches(cache, pairs, circles, 64, torch.arange(44), base.schedule, 4, 0.0, seed=0)
+    watch = Watch(base, batches(0, seeded_generator(0, 3)), cache.null_context, 2.0, at_once)
     with torch.no_grad():
+        controlnet = ControlNet.load(controlnet_folder)[0]
+        whole = Watch(base, batches(0, seeded_generator(0, 3)), cache.null_context, 2.0, 4)
+        assert (watch.images(controlnet).int() - whole.images(controlnet).int()).abs().max() <= 1
         assert watch.sensitivity(ControlNet.from_unet(base.unet, (4, 6, 8, 10))) == 0
         assert watch.sensitivity(ControlNet.load(controlnet_folder)[0]) > 1e-3
     # Targets in place of what is drawn: every disc lies where its hint has it.

@@ -138,13 +138,13 @@ def test_resumed_stages_take_the_same_steps(finished, data, tmp_path, monkeypatc
 def test_an_earlier_part_may_be_trained_again(finished, data, tmp_path):
     """The cache follows, and the other parts stay."""
     out = shutil.copytree(finished, tmp_path / "base")
-    before = load_tensors(out / "stages" / "unet" / "train_cache.safetensors")[0]["latents"]
+    before = load_tensors(out / "stages" / "unet" / "train_cache" / "latents_00000.safetensors")[0]["latents"]
     shutil.rmtree(out / "stages" / "vae")
     train("vae", data, out, "--seed", "1")
     assert (out / "pipeline" / "model_index.json").exists()
     shutil.rmtree(out / "pipeline" / "unet")
     train("unet", data, out, "--steps", "5")
-    after = load_tensors(out / "stages" / "unet" / "train_cache.safetensors")[0]["latents"]
+    after = load_tensors(out / "stages" / "unet" / "train_cache" / "latents_00000.safetensors")[0]["latents"]
     assert not torch.equal(before, after)
     load_base(out / "pipeline")
 

@@ -6,7 +6,16 @@ from diffusers import ControlNetModel
 
 from common.losses import diffusion_loss
 from common.schedule import NoiseSchedule
-from p3_controlnet.unet import ControlledUNet, Encoded, add_residuals, combine, decode, encode, guess_scales
+from p3_controlnet.unet import (
+    ControlledUNet,
+    Encoded,
+    add_residuals,
+    checkpoint_gradients,
+    combine,
+    decode,
+    encode,
+    guess_scales,
+)
 
 
 def inputs(batch):
@@ -138,6 +147,54 @@ def test_the_frozen_encoder_keeps_no_graph(unet, untrained, batch, monkeypatch):
     monkeypatch.setattr("p3_controlnet.unet.encode", lambda *args: made.append(encode(*args)) or made[-1])
     ControlledUNet(unet, [untrained])(**batch)
     assert not any(h.requires_grad for h in (*made[0].skips, made[0].middle))
+
+
+def test_checkpointing_changes_what_is_kept_and_not_the_gradients(unet, controlnet, batch):
+    controlnet.train()
+    frozen = {parameter.data_ptr() for parameter in unet.parameters()}
+
+    def kept(network) -> int:
+        """Numbers kept from the forward pass for the backward pass, weights aside; each memory counted once."""
+        sizes = {}
+
+        def pack(tensor):
+            if tensor.data_ptr() not in frozen:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        own = {parameter.untyped_storage().data_ptr() for parameter in controlnet.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = network(**batch).square().mean()
+        loss.backward()
+        return sum(size for place, size in sizes.items() if place not in own)
+
+    network = ControlledUNet(unet, [controlnet])
+    whole = kept(network)
+    expected = {name: parameter.grad.clone() for name, parameter in controlnet.named_parameters()}
+    controlnet.zero_grad()
+    checkpoint_gradients(unet)
+    checkpoint_gradients(controlnet)
+    assert kept(network) < 0.4 * whole
+    for name, parameter in controlnet.named_parameters():
+        assert (parameter.grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+def test_checkpointing_computes_the_frozen_encoder_once(unet, controlnet, batch):
+    checkpoint_gradients(unet)
+    checkpoint_gradients(controlnet.train())
+    calls = {"encoder": 0, "decoder": 0, "hint": 0}
+    for name, module in {
+        "encoder": unet.down_blocks[0].resnets[0],
+        "decoder": unet.up_blocks[0].resnets[0],
+        "hint": controlnet.controlnet_cond_embedding.conv_in,
+    }.items():
+        module.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    ControlledUNet(unet, [controlnet])(**batch).square().mean().backward()
+    assert calls == {"encoder": 1, "decoder": 2, "hint": 2}
+    with torch.no_grad():
+        ControlledUNet(unet, [controlnet])(**batch)
+    assert calls == {"encoder": 2, "decoder": 3, "hint": 3}
 
 
 @torch.no_grad()
