@@ -29,13 +29,13 @@ from common.data import read_image
 from common.errors import Parser, run
 from common.images import check_output_folder
 from common.pairs import Pair, read_pair_image, read_pairs, usable
+from common.regions import median_colour
 from p3_controlnet.regions import (
     centre_iou,
     circle_regions,
     deepest,
     hint_regions,
     intersection_over_union,
-    median_colour,
     region_at,
 )
 from p3_controlnet.sample import EXAMPLES, OUTPUT

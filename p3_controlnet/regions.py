@@ -4,11 +4,9 @@ import numpy as np
 from scipy import ndimage
 
 from common.colour import rgb_to_lab
+from common.regions import BLUR, TOLERANCE, depth
 
 LINE = 64  # of 255: from here on a hint's pixel is a line; anti-aliased lines stay closed
-TOLERANCE = 10.0  # CIE76: half of the least difference between two colours of a scene
-BLUR = 3  # pixels beside an area that may be its blurred edge
-RIM = 3 / 128  # of the side: so near an edge a colour is not measured
 
 
 def centre(image: np.ndarray) -> tuple[int, int]:
@@ -19,11 +17,6 @@ def centre(image: np.ndarray) -> tuple[int, int]:
 def around(labels: np.ndarray, point: tuple[int, int]) -> np.ndarray:
     """The pixels with the same label as one of them: bool (H, W)."""
     return labels == labels[point]
-
-
-def depth(region: np.ndarray) -> np.ndarray:
-    """How far each pixel lies within the region; endless where the region is the whole picture: float64 (H, W)."""
-    return np.full(region.shape, np.inf) if region.all() else ndimage.distance_transform_edt(region)
 
 
 def from_nearest(values: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -129,12 +122,6 @@ def deepest(region: np.ndarray) -> tuple[int, int]:
     """Row and column of a pixel as far from the region's edge as any."""
     row, column = np.unravel_index(depth(region).argmax(), region.shape)
     return int(row), int(column)
-
-
-def median_colour(image: np.ndarray, region: np.ndarray) -> np.ndarray:
-    """The median of each channel over a region, its rim left out: float64 (3,), 0 to 255."""
-    inner = depth(region)
-    return np.median(image[inner > min(RIM * len(image), inner.max() - 1)], axis=0)
 
 
 def intersection_over_union(a: np.ndarray, b: np.ndarray) -> float:

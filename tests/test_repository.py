@@ -18,11 +18,13 @@ PROGRAMS = {
     "hw2_1.sh": "p1_ddpm/sample.py",
     "hw2_2.sh": "p2_ddim/sample.py",
     "hw2_3.sh": "p3_controlnet/sample.py",
+    "hw2_3_2024.sh": "p3_personalization/generate.py",
 }
 ARGUMENTS = {
     "hw2_1.sh": ["out dir"],
     "hw2_2.sh": ["noise dir", "out dir", "UNet.pt"],
     "hw2_3.sh": ["my prompt.json", "hint dir", "out dir", "sd-v1-4.ckpt"],
+    "hw2_3_2024.sh": ["my input.json", "out dir", "sd-v1-4.ckpt"],
 }
 # Variables of an outer make would reach the inner one.
 ENVIRONMENT = {
@@ -125,6 +127,11 @@ class TestWrappers:
             ("hw2_3.sh", ["", "hints", "out"]),
             ("hw2_3.sh", ["prompt.json", "hints", "--seed", "1"]),
             ("hw2_3.sh", ["prompt.json", "--seed", "out"]),
+            ("hw2_3_2024.sh", [""]),
+            ("hw2_3_2024.sh", ["input.json"]),
+            ("hw2_3_2024.sh", ["input.json", ""]),
+            ("hw2_3_2024.sh", ["", "out"]),
+            ("hw2_3_2024.sh", ["input.json", "--seed", "1"]),
         ],
     )
     def test_no_output_argument(self, tree, tmp_path, script, arguments):

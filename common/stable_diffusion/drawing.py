@@ -40,7 +40,11 @@ def draw_prompts(
         ValueError: more steps than the schedule has, or an unknown method.
     """
     side, channels = base.unet.config.sample_size, base.unet.config.in_channels
-    network, timesteps = called_with_context(base.unet), base.schedule.timesteps(steps)
+    unet, timesteps = called_with_context(base.unet), base.schedule.timesteps(steps)
+
+    def network(xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return unet(xt.to(base.unet.dtype), t, context)
+
     contexts = base.encode_prompts(prompts)
     null = base.encode_prompts([""])
     images = []
@@ -51,5 +55,5 @@ def draw_prompts(
         xt = ImageNoise(keys[part]).draw((channels, side, side), base.device)
         # Latents have no bounds.
         latents = draw(denoise, base.schedule, xt, timesteps, base.prediction, method, clip_x0=False)
-        images.append(to_uint8(base.decode(latents, batch_size)))
+        images.append(to_uint8(base.decode(latents)))
     return torch.cat(images)

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from common.circles import Circle, Scene, distances, draw_hint, draw_target, random_scenes
+from common.regions import median_colour
 from p3_controlnet.regions import (
     centre_iou,
     centre_region,
@@ -13,7 +14,6 @@ from p3_controlnet.regions import (
     grading_point,
     hint_regions,
     intersection_over_union,
-    median_colour,
     region_at,
 )
 

@@ -41,3 +41,10 @@ def test_a_picture_depends_on_its_key_and_prompt_alone(base, batch_size):
     assert (together[2:].int() - alone.int()).abs().max() <= 1
     other = draw_prompts(base, PROMPTS[2:], KEYS[:1], steps=3)
     assert (other.int() - alone.int()).abs().max() > 1
+
+
+def test_lower_precision_stays_near(base, pipeline_folder):
+    exact = draw_prompts(base, PROMPTS, KEYS, steps=3)
+    near = draw_prompts(load_base(pipeline_folder, dtype=torch.bfloat16), PROMPTS, KEYS, steps=3)
+    difference = (exact.float() - near.float()).abs()
+    assert 0 < difference.mean() < 4

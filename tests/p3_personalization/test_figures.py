@@ -1,0 +1,126 @@
+"""The figures' sizes and counts, with a painter in place of the model, and with a small model."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.circles import Circle, Scene, draw_target
+from common.errors import UserError
+from common.stable_diffusion.base import Base
+from p3_personalization import figures
+from p3_personalization.figures import CUSTOM_DIFFUSION, INVERSION
+from p3_personalization.words import add_words, load_words
+
+SIZE = 64
+PALETTE = {"white": (255, 255, 255), "wine": (120, 8, 56), "petrol": (0, 80, 120)}
+
+
+def scene(*names) -> np.ndarray:
+    discs = tuple(Circle(18.0 + 28 * k, 32.0, 11.0, name) for k, name in enumerate(names))
+    return draw_target(Scene(discs, "white"), SIZE, PALETTE)
+
+
+@pytest.fixture
+def references(tmp_path):
+    folder = tmp_path / "references"
+    for number, name in enumerate(("wine", "petrol")):
+        (folder / str(number)).mkdir(parents=True)
+        for k in range(3):
+            Image.fromarray(scene(name)).save(folder / str(number) / f"{k}.png")
+    return folder
+
+
+@pytest.fixture
+def draw(table, references, words_file, pipeline_folder, tmp_path, monkeypatch):
+    """A function that runs figures.py and returns what it wrote by name; Custom Diffusion's U-Net is just another."""
+
+    def with_learned(base: Base, words, custom=None) -> Base:
+        unet = base.unet if custom is None else base.unet.__class__.from_config(base.unet.config)
+        return add_words(replace(base, unet=unet), load_words(words_file))
+
+    monkeypatch.setattr(figures, "with_learned", with_learned)
+
+    def run(*flags):
+        fixed = [tmp_path / "out", "--table", table, "--references", references, "--base", pipeline_folder]
+        fixed += ["--words", words_file, "--custom", "custom.safetensors", "--steps", 2, "--precision", "fp32"]
+        files = figures.main(figures.parse_arguments([str(argument) for argument in [*fixed, *flags]]))
+        assert sorted(files) == sorted((tmp_path / "out").iterdir())
+        return {
+            file.name: json.loads(file.read_text()) if file.suffix == ".json" else np.asarray(Image.open(file))
+            for file in files
+        }
+
+    return run
+
+
+def test_views_stand_above_what_each_method_draws(draw, references):
+    picture = draw("--only", "learned")["learned.png"]
+    cell = SIZE + 2
+    assert picture.shape[0] == 24 + 6 * cell + 2  # a title, and three rows for each of two concepts
+    rows = picture[24:, -(5 * cell + 2) :]
+    for row, name in ((0, "wine"), (3, "petrol")):
+        first = rows[row * cell + 2 : row * cell + 2 + SIZE, 2 : 2 + SIZE]
+        assert np.array_equal(first, scene(name))
+        assert (
+            rows[row * cell + 2 : (row + 1) * cell, 3 * cell + 2 :] == 255
+        ).all()  # only three pictures to learn from
+    assert not np.array_equal(rows[cell : 2 * cell], rows[2 * cell : 3 * cell])
+
+
+def test_pictures_that_show_both_are_counted(draw, monkeypatch, capsys):
+    calls = []
+
+    def painted(base, prompts, options):
+        calls.append(prompts)
+        both, one = scene("wine", "petrol"), scene("wine")
+        custom = len(calls) == 2
+        for _, k in prompts:
+            picture = both if custom or k % 5 == 0 else one
+            yield torch.from_numpy(picture).permute(2, 0, 1)
+
+    monkeypatch.setattr(figures, "pictures", painted)
+    result = draw("--only", "both", "--count", 20, "--discs")
+    prompt = "a <new1> next to a <new2>"
+    assert calls == [[(prompt, k) for k in range(20)]] * 2
+    assert result["both.json"] == {"prompt": prompt, "count": 20, "seed": 0, INVERSION: 0.2, CUSTOM_DIFFUSION: 1.0}
+    assert "textual inversion: 20% of 20 pictures show both" in capsys.readouterr().out
+    cell = SIZE + 2
+    assert result["both.png"].shape[0] == 24 + 2 * cell + 2
+    rows = result["both.png"][24:, -(8 * cell + 2) :]
+    assert np.array_equal(rows[2 : 2 + SIZE, 2 : 2 + SIZE], scene("wine", "petrol"))
+    assert np.array_equal(rows[2 : 2 + SIZE, cell + 2 : cell + 2 + SIZE], scene("wine"))
+
+
+def test_nothing_is_counted_in_photographs(draw):
+    result = draw("--count", 2, "--prompt", "gold <new2> and <new1>")
+    assert sorted(result) == ["both.json", "both.png", "learned.png"]
+    assert result["both.json"] == {"prompt": "gold <new2> and <new1>", "count": 2, "seed": 0}
+    cell = SIZE + 2
+    rows = result["both.png"][24:, -(2 * cell + 2) :]
+    assert not np.array_equal(rows[:cell], rows[cell : 2 * cell])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt", "a <new1> circle"], "--prompt: prompt 'a <new1> circle': is without <new2>"),
+        (["--prompt", "<new1> <new2> <new3>"], "<new3> is no learned word"),
+        (["--count", "0"], "--count 0: starts at 1"),
+        (["--references", "absent"], "absent/0: holds no pictures of the concept"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(draw, tmp_path, flags, words):
+    with pytest.raises(UserError) as caught:
+        draw(*flags)
+    assert words in str(caught.value)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_one_concept_makes_no_pair(draw, table):
+    table.write_text(json.dumps({"0": {"token_name": "<new1>", "prompt": ["<new1>"]}}))
+    with pytest.raises(UserError, match="has one concept; two are needed"):
+        draw()
