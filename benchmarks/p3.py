@@ -27,7 +27,8 @@ from common.pairs import Pair, read_hints, read_pairs
 from common.runtime import PRECISIONS, autocast, pick_device, pick_precision
 from common.stable_diffusion.base import Base, load_base
 from p3_controlnet.model import ControlNet
-from p3_controlnet.sample import BASE, CONTROLNET, DTYPES, EXAMPLES, HintSampler, SamplingOptions
+from p3_controlnet.sample import BASE, CONTROLNET, DTYPES, EXAMPLES
+from p3_controlnet.sampler import HintSampler, SamplingOptions
 from p3_controlnet.train import control_loss
 
 

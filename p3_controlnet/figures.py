@@ -22,14 +22,8 @@ from common.images import captioned, grid, save_png, staged
 from common.pairs import Pair, read_hints, read_pairs
 from p3_controlnet.make_examples import TWO
 from p3_controlnet.model import ControlNet, check_fit
-from p3_controlnet.sample import (
-    BASE,
-    EXAMPLES,
-    HERE,
-    HintSampler,
-    add_sampling_arguments,
-    sampler_from,
-)
+from p3_controlnet.sample import BASE, EXAMPLES, HERE, add_sampling_arguments, sampler_from
+from p3_controlnet.sampler import HintSampler
 
 SINGLE = HERE / "weights" / "controlnet_single"
 FIGURES = ("sides", "two", "strength", "story")

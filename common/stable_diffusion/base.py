@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
 PARTS = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer, "unet": UNet2DConditionModel}
 PROMPTS_AT_ONCE = 64
+PIXELS_AT_ONCE = 2**18  # that the VAE decodes: one picture of 512x512, or 16 of 128x128
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,24 @@ class Base:
         return mean * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int = 8) -> Tensor:
-        """Images of latents, decoded `batch_size` at a time: float32 (N, 3, H, W) in [-1, 1]."""
-        latents = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
-        images = [self.vae.decode(part).sample.float() for part in latents.split(batch_size)]
-        return torch.cat(images).clamp(-1, 1)
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents: float32 (N, 3, H, W) in [-1, 1].
+
+        Decoded in slices, since decoding takes more memory than a step of the U-Net. Where a VAE of half precision
+        gives what is no number, which would be saved as a black picture, it is turned to fp32 and stays so.
+        """
+        latents = (latents / self.vae.config.scaling_factor).to(self.device)
+        at_once = max(1, PIXELS_AT_ONCE // (latents[0, 0].numel() * self.factor**2))
+        return torch.cat([self.decode_slice(part) for part in latents.split(at_once)]).clamp(-1, 1)
+
+    def decode_slice(self, latents: Tensor) -> Tensor:
+        """What the VAE makes of a few latents, in float32."""
+        images = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+        if self.vae.dtype != torch.float32 and not images.isfinite().all():
+            print(f"warning: the VAE overflows in {self.vae.dtype}; decoding in fp32 from here on", file=sys.stderr)
+            self.vae.float()
+            return self.decode_slice(latents)
+        return images
 
 
 def read_schedule(file: Path) -> tuple[NoiseSchedule, str]:

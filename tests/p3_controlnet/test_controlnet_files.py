@@ -124,6 +124,7 @@ def draw(sd_state, hint_folder, tmp_path, monkeypatch):
 
 def test_the_students_controlnet_is_found(draw, control_state, control_file, tmp_path):
     named = draw("--controlnet", control_file)
+    assert [path.name.startswith("sd-v1-4-") for path in (tmp_path / "cache").iterdir()] == [True]
     (tmp_path / "out" / "0.png").unlink()
     (tmp_path / "checkpoints").mkdir()
     save_file(control_state, tmp_path / "checkpoints" / "controlnet_sd.safetensors")

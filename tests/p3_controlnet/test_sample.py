@@ -9,13 +9,14 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from PIL import Image
 
+from common.errors import UserError
 from common.pairs import read_hints, read_pairs
 from common.sampling import ImageNoise
 from common.sampling import draw as draw_latents
 from common.stable_diffusion.base import Base, load_base
 from p3_controlnet import sample
 from p3_controlnet.model import ControlNet, HintEncoder
-from p3_controlnet.sample import HintSampler, SamplingOptions
+from p3_controlnet.sampler import HintSampler, SamplingOptions
 from p3_controlnet.unet import decode
 
 
@@ -200,6 +201,57 @@ def test_lower_precision_stays_near(hint_folder, draw, tmp_path):
     near = draw(hint_folder, tmp_path / "b", "--precision", "bf16")
     errors = [np.abs(near[name].astype(int) - exact[name]).mean() for name in exact]
     assert 0 < max(errors) < 4
+
+
+def test_networks_that_overflow_in_half_precision_draw_in_fp32(pipeline_folder, controlnet_folder, hint_folder, capsys):
+    """Weights that fit fp16 and sums that do not; the group norms after them make them small again."""
+    pairs = read_pairs(hint_folder / "prompt.json")
+    hints, pictures = read_hints(pairs, hint_folder / "source", 64), {}
+    for dtype in (torch.float32, torch.float16):
+        base = load_base(pipeline_folder, dtype=dtype)
+        base.unet.mid_block.resnets[0].conv1.weight *= 5e4
+        sampler = HintSampler(base, [ControlNet.load(controlnet_folder)[0]], SamplingOptions(steps=2))
+        pictures[dtype] = torch.stack([image for _, image in sampler.images(pairs, hints, batch_size=2)]).float()
+        assert {part.dtype for part in (base.unet, base.text_encoder, base.vae)} == {torch.float32}
+        assert len(pictures[dtype]) == len(pairs)
+    err = capsys.readouterr().err
+    assert (err.count("\n"), err.startswith("warning: the networks overflow in torch.float16")) == (1, True)
+    assert (pictures[torch.float16] - pictures[torch.float32]).abs().mean() < 4
+
+
+def test_what_is_not_finite_in_fp32_is_an_error(pipeline_folder, controlnet_folder, hint_folder):
+    sampler = make_sampler(pipeline_folder, controlnet_folder)
+    sampler.base.unet.conv_out.bias[0] = float("nan")
+    pairs = read_pairs(hint_folder / "prompt.json")
+    with pytest.raises(UserError, match=r"prompt.json line 1: drawn in fp32 it is not finite"):
+        list(sampler.images(pairs, read_hints(pairs, hint_folder / "source", 64), batch_size=2))
+
+
+@pytest.mark.parametrize(("fits", "sizes"), [(2, [5, 2, 2, 1]), (1, [5, 2, 1, 1, 1, 1, 1])])
+def test_a_batch_that_does_not_fit_is_halved(
+    pipeline_folder, controlnet_folder, hint_folder, monkeypatch, capsys, fits, sizes
+):
+    pairs = read_pairs(hint_folder / "prompt.json")
+    hints, tried = read_hints(pairs, hint_folder / "source", 64), []
+    sampler = make_sampler(pipeline_folder, controlnet_folder)
+    expected = [image for _, image in sampler.images(pairs, hints, batch_size=8)]
+    whole = Base.decode
+
+    def decode(base, latents):
+        tried.append(len(latents))
+        if len(latents) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(base, latents)
+
+    monkeypatch.setattr(Base, "decode", decode)
+    drawn = list(sampler.images(pairs, hints, batch_size=8))
+    assert tried == sizes
+    assert [pair for pair, _ in drawn] == pairs
+    assert all((image.int() - other.int()).abs().max() <= 1 for (_, image), other in zip(drawn, expected))
+    assert capsys.readouterr().err.count("the GPU's memory is full; going on with --batch-size") == 3 - fits
+    monkeypatch.setattr(Base, "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+    with pytest.raises(UserError, match="a picture of 64x64 does not fit the GPU's memory; add --precision fp16"):
+        list(sampler.images(pairs, hints, batch_size=2))
 
 
 def test_both_samplers_draw(hint_folder, draw, tmp_path):

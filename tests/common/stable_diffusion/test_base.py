@@ -7,7 +7,7 @@ import stat
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
@@ -54,15 +54,37 @@ def test_contexts_do_not_depend_on_how_many_are_encoded_at_once(base, monkeypatc
     assert (base.encode_prompts(PROMPTS) - whole).abs().max() <= 1e-6
 
 
-def test_latents_and_images_are_the_vaes(base, pipeline):
+def test_latents_and_images_are_the_vaes(base, pipeline, monkeypatch):
     images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         latents = pipeline.vae.encode(images).latent_dist.mode() * 0.5
         decoded = pipeline.vae.decode(latents / 0.5).sample
     assert base.encode_images(images).shape == (5, 4, 8, 8)
     assert (base.encode_images(images) - latents).abs().max() <= 1e-5
-    for batch_size in (2, 8):
-        assert (base.decode(latents, batch_size) - decoded).abs().max() <= 1e-5
+    sizes, whole = [], AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, part: sizes.append(len(part)) or whole(vae, part))
+    for pixels, expected in ((2**18, [5]), (2 * 64**2, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr("common.stable_diffusion.base.PIXELS_AT_ONCE", pixels)
+        sizes.clear()
+        assert (base.decode(latents) - decoded).abs().max() <= 1e-5
+        assert sizes == expected
+
+
+def test_a_vae_that_overflows_in_half_precision_decodes_in_fp32(pipeline_folder, monkeypatch, capsys):
+    """Weights that fit fp16 and sums that do not: without the second attempt the pictures would be black."""
+    monkeypatch.setattr("common.stable_diffusion.base.PIXELS_AT_ONCE", 1)
+    exact, base = load_base(pipeline_folder), load_base(pipeline_folder, dtype=torch.float16)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    near = base.decode(latents)
+    assert (base.vae.dtype, capsys.readouterr().err) == (torch.float16, "")
+    for loaded in (exact, base):
+        loaded.vae.decoder.conv_in.weight *= 5e4
+    assert not base.vae.decode(latents.half() / 0.5).sample.isfinite().all()
+    assert (base.decode(latents) - exact.decode(latents)).abs().max() < 0.05
+    assert (near - exact.decode(latents)).abs().max() > 0.05
+    err = capsys.readouterr().err
+    assert (err.count("\n"), err.startswith("warning: the VAE overflows in torch.float16")) == (1, True)
+    assert base.vae.dtype == torch.float32
 
 
 def test_images_are_cut_to_their_range(pipeline_folder):
