@@ -7,7 +7,7 @@ ROOT := $(shell dirname "$(strip $(MAKEFILE_LIST))")
 IN_ROOT = @set -e; cd "$(ROOT)";
 SHELL := bash
 
-.PHONY: demo test lint bench setup
+.PHONY: demo test lint bench report setup
 
 demo: setup
 	$(IN_ROOT) export PYTHON=.venv/bin/python; \
@@ -28,6 +28,15 @@ lint: setup
 
 bench: setup
 	$(IN_ROOT) .venv/bin/python benchmarks/p1.py; .venv/bin/python benchmarks/p3.py
+
+# make report P1_WEIGHTS=... shows a student's own; the names are those of the flags of docs/report/make.py.
+report: setup
+	$(IN_ROOT) flags=(); \
+	for name in P1_WEIGHTS P1_CLASSIFIER P2_WEIGHTS P2_NOISE P2_TRUTH P3_BASE P3_CONTROLNET P3_EXAMPLES P3_CLIP \
+		P3_ZEROSHOT P3_TABLE P3_REFERENCES P3_WORDS P3_CUSTOM; do \
+		if [ -n "$${!name}" ]; then flag=$${name,,}; flags+=("--$${flag//_/-}" "$${!name}"); fi; \
+	done; \
+	.venv/bin/python docs/report/make.py "$${flags[@]}"
 
 # The copy of requirements.txt in .venv is written last, so a set-up that failed is not taken for a whole one. What this
 # recipe began and did not finish is begun anew; a .venv made by hand is only added to. The lock, held by the shell's

@@ -4,6 +4,7 @@ python evaluate.py OUT GT
 python evaluate.py        # what hw2_2.sh draws by default, and the ground truth that comes with the project
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,8 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from common.checkpoint import write_atomically
 from common.data import read_image
 from common.errors import Parser, UserError, run
+from common.images import check_output_folder
 from p2_ddim.sample import EXAMPLES, OUTPUT
 
 
@@ -56,15 +59,24 @@ def parse_arguments(argv: list[str] | None = None):
     parser.add_argument(
         "truth", type=Path, nargs="?", default=EXAMPLES / "GT", metavar="GT", help="folder of the ground truth"
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
     return parser.parse_args(argv)
 
 
 def main(args) -> dict[str, float]:
-    """Print and return the error of every image, and under "mean" their mean."""
+    """Print and return the error of every image, and under "mean" their mean.
+
+    Raises:
+        UserError: as `squared_errors`, or a file that cannot be written.
+    """
+    if args.json:
+        check_output_folder(args.json.parent)
     errors = squared_errors(args.out, args.truth)
     errors["mean"] = sum(errors.values()) / len(errors)
     for name, error in errors.items():
         print(f"{name:<12} {error:9.4f}")
+    if args.json:
+        write_atomically(args.json, lambda temporary: temporary.write_text(json.dumps(errors, indent=1) + "\n"))
     return errors
 
 

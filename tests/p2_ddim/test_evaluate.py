@@ -1,5 +1,7 @@
 """Errors with known values, and folders that do not match."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -32,6 +34,13 @@ def test_errors_are_mean_squares_on_the_byte_scale(tmp_path, capsys):
     assert errors == {"a.png": 2.0, "b.png": 65025.0, "c.png": 0.0, "mean": pytest.approx(65027 / 3)}
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert printed == [["a.png", "2.0000"], ["b.png", "65025.0000"], ["c.png", "0.0000"], ["mean", "21675.6667"]]
+
+
+def test_errors_are_written_as_json(tmp_path):
+    out, truth = write(tmp_path / "out", a=flat(1), b=flat(5)), write(tmp_path / "GT", a=flat(2), b=flat(2))
+    file = tmp_path / "figures" / "errors.json"
+    errors = evaluate.main(evaluate.parse_arguments([str(out), str(truth), "--json", str(file)]))
+    assert json.loads(file.read_text()) == errors == {"a.png": 1.0, "b.png": 9.0, "mean": 5.0}
 
 
 def test_colours_count_apart(tmp_path):
