@@ -184,3 +184,17 @@ def test_guidance_is_the_base_s_unless_it_is_named():
     assert scale() == generate.MINIATURE_GUIDANCE_SCALE
     assert scale("input.json", "out", "sd-v1-4.ckpt") == 7.5
     assert scale("--guidance-scale", "3") == 3
+
+
+@pytest.mark.slow
+def test_the_original_single_file_is_drawn_from(sd_file, tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    words, table, images = tmp_path / "words.safetensors", tmp_path / "input.json", []
+    table.write_text(json.dumps({"0": {"token_name": "<new1>", "prompt": ["A photo of <new1>."]}}))
+    for k in range(2):
+        save_file({"<new1>": torch.randn(2, 48, generator=generator)}, words)
+        arguments = [table, tmp_path / str(k), sd_file, "--words", words, "--count", 1, "--steps", 1]
+        (file,) = generate.main(generate.parse_arguments([*map(str, arguments), "--precision", "fp32"]))
+        images.append(np.asarray(Image.open(file)).astype(int))
+    assert images[0].shape == (512, 512, 3)
+    assert np.abs(images[0] - images[1]).max() > 5
