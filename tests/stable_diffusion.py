@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.make_sd_like import random_weights
+
 # Names and shapes in the published files.
 KEYS = json.loads((Path(__file__).parent / "sd_v1_ckpt_keys.json").read_text())
 
@@ -79,19 +81,7 @@ def narrow(name: str, shape: list[int]) -> tuple[int, ...]:
 
 def original_state(layout: str) -> dict[str, torch.Tensor]:
     """Random weights of moderate size under the names of an original file: `sd_v1` or `controlnet`."""
-    generator = torch.Generator().manual_seed(6)
-    state = {}
-    for name, shape in KEYS[layout].items():
-        shape = narrow(name, shape)
-        if name.endswith("position_ids"):
-            state[name] = torch.arange(77)[None]
-            continue
-        tensor = torch.randn(shape, generator=generator)
-        if len(shape) == 1:
-            state[name] = tensor * 0.1 + name.endswith(".weight")  # of a norm
-        else:
-            state[name] = tensor / tensor[0].numel() ** 0.5
-    return state
+    return random_weights({name: narrow(name, shape) for name, shape in KEYS[layout].items()})
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,113 @@
+"""Problem 3 at the size of the real Stable Diffusion v1: what the grader's command and a training step cost here.
+
+    python benchmarks/make_sd_like.py /tmp/sd-v1-4-like.ckpt
+    python benchmarks/sd_full_size.py /tmp/sd-v1-4-like.ckpt
+
+Draws one picture with `hw2_3.sh` twice, the second time from the converted copy that the first one left, and takes one
+training step, with checkpointing and without. Each is a process of its own, whose time and peak memory are told.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import make_sd_like
+from common.checkpoint import write_atomically
+from common.errors import Parser, UserError, run
+from common.runtime import PRECISIONS
+from p3_controlnet import fill50k
+
+ROOT = Path(__file__).resolve().parent.parent
+PAIRS = 11  # train.py holds one of so many out
+
+
+def measured(command: Sequence[object]) -> tuple[dict[str, float], str]:
+    """Run a command; its seconds and peak memory (GB, resident), and what it printed.
+
+    Raises:
+        UserError: it failed.
+    """
+    environment = os.environ | {"PYTHON": sys.executable}
+    with tempfile.TemporaryFile("w+") as output:
+        started = perf_counter()
+        process = subprocess.Popen([str(word) for word in command], stdout=output, stderr=output, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        raise UserError(f"{command[1]}: exit code {process.returncode}: {' '.join(text.split())[-400:]}")
+    return {"seconds": round(seconds, 1), "peak_resident_gb": round(usage.ru_maxrss * 1024 / 1e9, 2)}, text
+
+
+def drawing(args, work: Path, controlnet: Path) -> dict[str, Any]:
+    """The grader's command for one picture: the first start, and one that finds the converted copy."""
+    table, data = work / "one.json", work / "data"
+    table.write_text((data / "prompt.json").read_text().splitlines()[0] + "\n")
+    command = ["bash", ROOT / "hw2_3.sh", table, data, work / "drawn", args.checkpoint, "--controlnet", controlnet]
+    command += ["--size", args.size, "--steps", args.steps, "--precision", args.precision, "--device", args.device]
+    command += ["--cache-dir", work / "converted"]
+    return {name: measured(command)[0] for name in ("first_start", "second_start")}
+
+
+def training(args, work: Path, *flags: str) -> dict[str, Any]:
+    """One step of train.py, as its dry run tells it, and the whole process beside it."""
+    command = [sys.executable, ROOT / "p3_controlnet" / "train.py", "--base", args.checkpoint, "--data", work / "data"]
+    command += ["--out", work / "run", "--cache-dir", work / "converted", "--image-size", args.size]
+    command += ["--batch-size", args.batch_size, "--precision", args.precision, "--device", args.device]
+    process, text = measured([*command, "--dry-run", *flags])
+    return {"step": json.loads(text[text.index("{") :]), "process": process}
+
+
+def parse_arguments(argv: list[str] | None = None):
+    parser = Parser(prog="sd_full_size.py", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, metavar="SD_CKPT", help="from make_sd_like.py, or a published one")
+    parser.add_argument("--work", type=Path, help="folder for 6 GB of files, kept (default: a temporary one)")
+    parser.add_argument("--keys", type=Path, default=make_sd_like.KEYS, help="as make_sd_like.py takes it")
+    parser.add_argument("--size", type=int, default=256, help="side of the pictures, pixels")
+    parser.add_argument("--steps", type=int, default=2, help="of the reverse process")
+    parser.add_argument("--batch-size", type=int, default=1, help="pairs the training step")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of everything")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    return parser.parse_args(argv)
+
+
+def main(args) -> dict[str, Any]:
+    """Run everything; prints and returns the figures.
+
+    Raises:
+        UserError: a command failed; with the end of what it said.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        controlnet = work / "control-like.safetensors"
+        if not controlnet.exists():
+            arguments = [str(controlnet), "--kind", "controlnet", "--keys", str(args.keys)]
+            make_sd_like.main(make_sd_like.parse_arguments(arguments))
+        fill50k.main(fill50k.parse_arguments([str(work / "data"), "--count", str(PAIRS), "--size", str(args.size)]))
+        figures = {
+            "checkpoint_gb": round(args.checkpoint.stat().st_size / 1e9, 2),
+            "size": args.size,
+            "drawing": {"pictures": 1, "steps": args.steps} | drawing(args, work, controlnet),
+            "training": training(args, work),
+            "training_with_gradient_checkpointing": training(args, work, "--gradient-checkpointing"),
+        }
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if args.json:
+        write_atomically(args.json, lambda path: path.write_text(text + "\n"))
+    return figures
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())
