@@ -16,18 +16,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
 from common.errors import Parser, UserError, run
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from p1_ddpm.sample import WEIGHTS as DIGIT_WEIGHTS
 from p2_ddim.sample import WEIGHTS as FACE_WEIGHTS
 from p3_controlnet import sample as controlnet
+from p3_personalization import generate
 from studio.circles import Circles
 from studio.digits import Digits
 from studio.faces import Faces
 from studio.markup import CSS
-from studio.words import WORDS, Words
+from studio.words import Words
 
 REQUIREMENTS = Path(__file__).resolve().parent / "requirements.txt"
 # Read by Gradio and the libraries under it when they are imported.
@@ -54,9 +53,9 @@ def parse_arguments(argv: list[str] | None = None):
         "--controlnet", type=Path, nargs="+", metavar="PATH", help="one or several (default: the base's own)"
     )
     weights.add_argument(
-        "--words", type=Path, nargs="+", default=[WORDS], metavar="PATH", help="learned words: files, or their folders"
+        "--words", type=Path, nargs="+", metavar="FILE", help="learned words (default: the base's own)"
     )
-    weights.add_argument("--precision", choices=PRECISIONS, default="auto", help="of digits and circles")
+    weights.add_argument("--precision", choices=PRECISIONS, default="auto", help="of all networks but the faces'")
     weights.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser.parse_args(argv)
 
@@ -82,11 +81,13 @@ def make_pages(args) -> dict[str, Any]:
     precision = pick_precision(args.precision, device)
     given = controlnet.parse_arguments(["--device", args.device, "--precision", args.precision])
     given.base, given.controlnet = args.base, args.controlnet
+    learned = generate.parse_arguments(["--device", args.device, "--precision", args.precision])
+    learned.base, learned.words = args.base, args.words
     return {
         "digits": Digits(args.digit_weights, device, precision),
         "faces": Faces(args.face_weights, device, "fp32"),
         "circles": Circles(given),
-        "words": Words(args.base, args.words, device, torch.float32),
+        "words": Words(learned),
     }
 
 
@@ -108,7 +109,7 @@ def start(args) -> Any:
     try:
         from starlette.middleware import Middleware
 
-        from studio import tabs
+        from studio import tabs, widgets
     except ImportError as error:
         raise UserError(
             f"the studio needs {REQUIREMENTS} ({error}); run make studio, or install it with pip install -r"
@@ -125,7 +126,7 @@ def start(args) -> Any:
             pwa=False,
             enable_monitoring=False,
             footer_links=[],
-            theme=tabs.theme(),
+            theme=widgets.theme(),
             css=CSS,
             app_kwargs={"middleware": [Middleware(ContentPolicy)]},
             prevent_thread_lock=True,

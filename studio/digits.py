@@ -21,12 +21,12 @@ class Moment(NamedTuple):
     """A place on the way from noise to image.
 
     Attributes:
-        time: "t = 999" and so on; at last the end.
+        t: the timestep; None at the end.
         xt: where the way is there, as pictures: uint8 (N, 3, H, W).
-        x0: the image that the network predicts from it.
+        x0: the image that the network predicts from it; at the end xt itself.
     """
 
-    time: str
+    t: int | None
     xt: Tensor
     x0: Tensor
 
@@ -77,17 +77,16 @@ class Digits:
         arguments = sampler.steps(digits, whole("seed", seed, 0, 2**31 - 1), options)
         total, xt, moments = len(arguments["timesteps"]), to_uint8(arguments["xt"]), []
         for step in reverse_process(**arguments):
-            moments.append(Moment(f"t = {step.t}", xt, to_uint8(step.x0)))
+            moments.append(Moment(step.t, xt, to_uint8(step.x0)))
             xt = to_uint8(step.xt)
             yield moments, Status(f"step {len(moments)} of {total}", len(moments), total)
-        moments.append(Moment("the end: the images", xt, xt))
+        moments.append(Moment(None, xt, xt))
         yield moments, Status("Done. Move the slider to walk the way again.")
 
 
-def show(moments: Sequence[Moment], position: float) -> tuple[Image, Image, str]:
-    """One moment as two pictures, xt and the predicted x0, and its time."""
-    moment = moments[min(max(0, int(position)), len(moments) - 1)]
-    columns = min(4, len(moment.xt))
-    scale = max(1, SIDE // moment.xt.shape[-1])
-    xt, x0 = (to_pil(grid(images, columns, scale)) for images in moment[1:])
-    return xt, x0, moment.time
+def show(moments: Sequence[Moment], position: float) -> list[tuple[str, Image]]:
+    """One moment as two pictures with their captions: xt and the predicted x0."""
+    t, *states = moments[min(max(0, int(position)), len(moments) - 1)]
+    captions = (f"xt at t = {t}", "the x0 predicted from it") if t is not None else ("the end: images", "the same")
+    columns, scale = min(4, len(states[0])), max(1, SIDE // states[0].shape[-1])
+    return [(caption, to_pil(grid(images, columns, scale))) for caption, images in zip(captions, states)]

@@ -109,8 +109,8 @@ class Faces:
         Raises:
             UserError: a value out of range, or the weights are missing or broken.
         """
-        if missing := self.missing():
-            raise UserError(missing)
+        if not self.weights.exists():
+            raise UserError(f"{self.weights}: no face weights there; see the note above")
         sampler = self.read(self.weights)
         options = DDIMOptions(steps=whole("steps", steps, 1, MOST_STEPS))
         a, b = self.noises(first, second)

@@ -9,16 +9,22 @@ from PIL.Image import Image
 from studio.parts import NOTHING, Status
 
 CSS = """
+/* Gradio's own padding would move these out of line with the rest. */
+.html-container:has(> * > [class^="studio-"]) { padding: 0; }
 .studio-figure { margin: 0; }
 .studio-figure figcaption { margin-bottom: 0.4rem; }
 .studio-figure img { width: 100%; border-radius: 4px; image-rendering: pixelated; }
 .studio-figure .smooth { image-rendering: auto; }
 .studio-figure .empty { aspect-ratio: 1; border: 1px dashed var(--border-color-primary); border-radius: 4px; }
 .studio-line { display: flex; gap: 0.75rem; align-items: center; min-height: 2.2rem; }
-.studio-line progress { width: 10rem; accent-color: var(--primary-500); }
+.studio-line progress { appearance: none; width: 10rem; height: 0.5rem; background: var(--border-color-primary); }
+.studio-line progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.studio-line progress::-webkit-progress-value { background: var(--primary-500); }
+.studio-line progress::-moz-progress-bar { background: var(--primary-500); }
 .studio-complaint, .studio-notice { border-radius: 6px; padding: 0.5rem 0.75rem; overflow-wrap: anywhere; }
 .studio-complaint { color: #991b1b; background: #fee2e2; }
 .studio-notice { color: #713f12; background: #fef9c3; }
+#faces-plot figure { max-width: 40rem; }
 #circles-hint img { cursor: crosshair; }
 """
 

@@ -1,8 +1,6 @@
-"""The studio's page: what can be set, what is shown, and which function answers. Only this module needs Gradio."""
+"""The studio's page, tab by tab: what can be set, what is shown, and which function answers."""
 
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -11,7 +9,7 @@ from common.colour import COLOURS
 from common.errors import UserError
 from common.sampling import METHODS
 from p1_ddpm.digits import DOMAINS
-from p3_controlnet.sample import SAMPLERS
+from p3_controlnet.sampler import SAMPLERS
 from studio import circles as circle_page
 from studio import digits as digit_page
 from studio import faces as face_page
@@ -20,63 +18,15 @@ from studio.circles import Circles
 from studio.digits import Digits
 from studio.faces import Faces
 from studio.markup import complaint, figure, line, notice
-from studio.parts import Status
+from studio.widgets import AT_ONCE, buttons, drawing
 from studio.words import Words
 
-# Small answers while a slider moves: not queued behind a drawing, and only the last position counts.
-AT_ONCE = {"concurrency_limit": None, "trigger_mode": "always_last", "show_progress": "hidden"}
 CLICK = """element.addEventListener("click", event => {
     const box = element.querySelector("img").getBoundingClientRect();
     const x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
     trigger("click", {x: 100 * x, y: 100 * y});
 })"""  # in per cent of the picture
 FIRST_PLACES, FIRST_COLOURS = [(33, 45, 20), (72, 60, 15)], ["gold", "navy", "pink"]
-
-
-def theme() -> gr.themes.Base:
-    """Colours, and fonts that the machine has."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    return gr.themes.Default(primary_hue="indigo", **fonts)
-
-
-def told(draw: Callable[..., Iterator[tuple]], outputs: int) -> Callable[..., Iterator[tuple]]:
-    """A drawing function as the page wants it: its status as HTML, and mistakes in place of the status.
-
-    Args:
-        draw: yields `outputs` values, the last of them a `Status`.
-        outputs: how many.
-    """
-
-    def handler(*inputs: Any) -> Iterator[tuple]:
-        unchanged = [gr.skip()] * (outputs - 1)
-        yield *unchanged, line(Status("starting", 0, 1))
-        try:
-            for *values, status in draw(*inputs):
-                yield *values, line(status)
-        except UserError as error:
-            yield *unchanged, complaint(str(error))
-        except Exception as error:  # whatever it is, the page must not wait for ever
-            traceback.print_exc(file=sys.stderr)
-            yield *unchanged, complaint(f"{type(error).__name__}: {error} (more in the terminal)")
-
-    return handler
-
-
-def drawing(triggers: list[Callable], draw: Callable, inputs: list, outputs: list, stop: gr.Button) -> None:
-    """Let events draw; drawings take turns, since each wants all cores."""
-    event = gr.on(
-        triggers, told(draw, len(outputs)), inputs, outputs,
-        concurrency_id="drawing", concurrency_limit=1, show_progress="hidden",
-    )  # fmt: skip
-    stop.click(lambda: line(Status("Stopped.")), None, outputs[-1], cancels=[event], show_progress="hidden")
-
-
-def buttons(name: str) -> tuple[gr.Button, gr.Button, gr.HTML]:
-    """The buttons of a tab, draw and stop, and under them its status."""
-    with gr.Row():
-        draw = gr.Button("Draw", variant="primary", scale=3, min_width=60, elem_id=f"{name}-draw")
-        stop = gr.Button("Stop", scale=1, min_width=60, elem_id=f"{name}-stop")
-    return draw, stop, gr.HTML(line(), elem_id=f"{name}-status")
 
 
 def digits_tab(digits: Digits) -> None:
@@ -86,9 +36,8 @@ def digits_tab(digits: Digits) -> None:
     except UserError:  # it is told when one draws
         domains = DOMAINS
 
-    def shown(moments: list[digit_page.Moment], position: float) -> tuple[str, str]:
-        xt, x0, time = digit_page.show(moments, position)
-        return figure(f"xt at {time}", xt), figure("the x0 that the network predicts from it", x0)
+    def shown(moments: list[digit_page.Moment], position: float) -> list[str]:
+        return [figure(*shown) for shown in digit_page.show(moments, position)]
 
     def draw(*inputs: Any) -> Iterator[tuple]:
         for moments, status in digits.draw(*inputs):
@@ -117,7 +66,7 @@ def digits_tab(digits: Digits) -> None:
         with gr.Column(scale=3):
             with gr.Row():
                 xt = gr.HTML(figure("xt"), elem_id="digits-xt")
-                x0 = gr.HTML(figure("the x0 that the network predicts from it"), elem_id="digits-x0")
+                x0 = gr.HTML(figure("the x0 predicted from it"), elem_id="digits-x0")
             position = gr.Slider(0, 10, 0, step=1, label="reverse process: from noise to image", elem_id="digits-walk")
     inputs = [domain, label, count, guidance, method, steps, seed]
     drawing([button.click], draw, inputs, [moments, xt, x0, position, status], stop)
@@ -129,8 +78,10 @@ def faces_tab(faces: Faces, page: gr.Blocks) -> None:
     names = "first", "slerp", "lerp", "second"
 
     def draw(*inputs: Any) -> Iterator[tuple]:
+        found = faces.lengths(*inputs[:3])
+        captions = "first", f"slerp: |xT| = {found.slerp:.1f}", f"lerp: |xT| = {found.lerp:.1f}", "second"
         for *pictures, status in faces.draw(*inputs):
-            yield *map(figure, names, pictures), status
+            yield *map(figure, captions, pictures), status
 
     def lengths(*inputs: Any) -> tuple:
         try:
@@ -163,12 +114,13 @@ def faces_tab(faces: Faces, page: gr.Blocks) -> None:
         with gr.Column(scale=3):
             with gr.Row():
                 pictures = [gr.HTML(figure(name), elem_id=f"faces-{name}", min_width=120) for name in names]
-            lengths_plot = gr.HTML(elem_id="faces-plot")
+            lengths_plot = gr.HTML(figure("|xT| on both ways"), elem_id="faces-plot")
     ends = [first, second]
-    drawing([button.click, alpha.release], draw, [*ends, alpha, steps], [*pictures, status], stop)
+    drawn = drawing([button.click, alpha.release], draw, [*ends, alpha, steps], [*pictures, status], stop)
     gr.on([page.load, alpha.input, first.change, second.change], lengths, [*ends, alpha], [table, status], **AT_ONCE)
     gr.on([page.load, first.change, second.change], plot, ends, lengths_plot, **AT_ONCE)
-    page.load(lambda: notice(faces.missing()), None, word, **AT_ONCE)
+    for trigger in (page.load, drawn.then):
+        trigger(lambda: notice(faces.missing()), None, word, **AT_ONCE)
 
 
 def circles_tab(circles: Circles, page: gr.Blocks) -> None:
@@ -183,12 +135,24 @@ def circles_tab(circles: Circles, page: gr.Blocks) -> None:
         except UserError as error:
             return gr.skip(), complaint(str(error))
 
-    def write(two: bool, *inputs: Any) -> tuple:
-        *numbers, first, second, background = inputs
+    def written(*inputs: Any) -> str:
+        two, *numbers, first, second, background = inputs
+        return circle_page.sentence(places(two, *numbers), [first, second][: 1 + two], background)
+
+    def write(*inputs: Any) -> tuple:
         try:
-            return circle_page.sentence(places(two, *numbers), [first, second][: 1 + two], background), line()
+            sentence = written(*inputs)
         except UserError as error:
-            return gr.skip(), complaint(str(error))
+            return gr.skip(), gr.skip(), complaint(str(error))
+        return sentence, sentence, line()
+
+    def follow(prompt: str, own: str, *inputs: Any) -> tuple:
+        """Circles that change places change the order of their colours, unless the prompt is the user's own."""
+        try:
+            sentence = written(*inputs)
+        except UserError:  # `outlines` tells it
+            return gr.skip(), gr.skip()
+        return (sentence, sentence) if prompt == own else (gr.skip(), gr.skip())
 
     def put(event: gr.EventData, two: bool, *numbers: Any) -> tuple:
         try:
@@ -210,7 +174,8 @@ def circles_tab(circles: Circles, page: gr.Blocks) -> None:
 
     gr.Markdown(
         "The outlines say where, the prompt says in which colours. Click into the outlines to move the nearest circle"
-        " there, or use the sliders. Strength 0 leaves the outlines out."
+        " there, or use the sliders, which are in"
+        " per cent of the side. Strength 0 leaves the outlines out."
     )
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
@@ -220,13 +185,13 @@ def circles_tab(circles: Circles, page: gr.Blocks) -> None:
                 for k, place in enumerate(FIRST_PLACES):
                     with gr.Column(min_width=150), gr.Group(elem_id=f"circle-{k + 1}"):
                         for name, value, low, high in zip(("x", "y", "radius"), place, (0, 0, 5), (100, 100, 45)):
-                            numbers.append(gr.Slider(low, high, value, step=1, label=f"{name}, %"))
+                            numbers.append(gr.Slider(low, high, value, step=1, label=name))
                         colours.append(gr.Dropdown(list(COLOURS), value=FIRST_COLOURS[k], label="colour"))
             colours.append(gr.Dropdown(list(COLOURS), value=FIRST_COLOURS[-1], label="background"))
         with gr.Column(scale=1, min_width=300):
             hint = gr.HTML(figure("outlines"), elem_id="circles-hint", js_on_load=CLICK)
-            written = circle_page.sentence(FIRST_PLACES, FIRST_COLOURS[:2], FIRST_COLOURS[-1])
-            prompt = gr.Textbox(written, label="prompt", elem_id="circles-prompt")
+            own = gr.State(circle_page.sentence(FIRST_PLACES, FIRST_COLOURS[:2], FIRST_COLOURS[-1]))
+            prompt = gr.Textbox(own.value, label="prompt", elem_id="circles-prompt", lines=2)
             strength = gr.Slider(0, circle_page.MOST_STRENGTH, 1, step=0.05, label="strength of the control")
         with gr.Column(scale=1, min_width=300):
             drawn = gr.HTML(figure("picture"), elem_id="circles-picture")
@@ -240,7 +205,9 @@ def circles_tab(circles: Circles, page: gr.Blocks) -> None:
     drawing([button.click], draw, [*where, prompt, strength, guidance, method, steps, seed], [drawn, status], stop)
     hint.click(put, where, [*numbers, status], **AT_ONCE)
     gr.on([page.load, *(part.change for part in where)], outlines, where, [hint, status], **AT_ONCE)
-    gr.on([two.input, *(colour.input for colour in colours)], write, [*where, *colours], [prompt, status], **AT_ONCE)
+    described = [*where, *colours]
+    gr.on([two.input, *(colour.input for colour in colours)], write, described, [prompt, own, status], **AT_ONCE)
+    gr.on([part.change for part in numbers], follow, [prompt, own, *described], [prompt, own], **AT_ONCE)
     page.load(own_guidance, None, guidance, **AT_ONCE)
 
 
@@ -268,14 +235,17 @@ def words_tab(words: Words, page: gr.Blocks) -> None:
         with gr.Column(scale=1, min_width=300):
             prompt = gr.Textbox("gold circle with navy background", label="prompt", elem_id="words-prompt", lines=2)
             count = gr.Slider(1, word_page.MOST_PICTURES, 4, step=1, label="pictures")
-            guidance = gr.Slider(0, word_page.MOST_GUIDANCE, 2, step=0.5, label="guidance")
-            steps = gr.Slider(1, word_page.MOST_STEPS, 20, step=1, label="steps (DDIM)")
+            guidance = gr.Slider(0, word_page.MOST_GUIDANCE, words.guidance(), step=0.5, label="guidance")
+            steps = gr.Slider(1, word_page.MOST_STEPS, 10, step=1, label="steps")
+            method = gr.Radio(word_page.SAMPLERS, value="dpm-solver++", label="sampler")
             seed = gr.Number(0, label="seed", precision=0)
             button, stop, status = buttons("words")
         with gr.Column(scale=2):
             drawn = gr.HTML(figure("pictures"), elem_id="words-picture")
-    drawing([button.click], draw, [prompt, count, guidance, steps, seed], [drawn, status], stop)
-    page.load(known, None, [word, tokens], **AT_ONCE)
+    inputs = [prompt, count, guidance, method, steps, seed]
+    event = drawing([button.click], draw, inputs, [drawn, status], stop)
+    for trigger in (page.load, event.then):
+        trigger(known, None, [word, tokens], **AT_ONCE)
 
 
 def make_page(digits: Digits, faces: Faces, circles: Circles, words: Words) -> gr.Blocks:
