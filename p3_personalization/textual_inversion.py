@@ -67,7 +67,6 @@ def add_concept_arguments(parser: Parser) -> None:
         "--template", nargs="+", default=TEMPLATES, metavar="TEXT",
         help="sentences with {} for the word, of pictures without a .txt (default: 27 of photos)",
     )  # fmt: skip
-    data.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the pictures (default: the base's)")
     data.add_argument("--views", type=int, default=16, help="crops and mirror images a picture, encoded once")
     data.add_argument("--smallest-crop", type=float, default=0.8, help="side of the smallest part, of the picture's")
     data.add_argument("--flip", action=BooleanOptionalAction, default=True, help="mirror some views")
@@ -116,9 +115,7 @@ def read_concepts(args, base: Base, seed: int) -> Concepts:
     Raises:
         UserError: an argument is out of its range, or does not fit the others, the base or the pictures.
     """
-    size = args.image_size or base.unet.config.sample_size * base.factor
     for flag, fine, mend in (
-        ("image-size", size >= base.factor and size % base.factor == 0, f"must be divisible by {base.factor}"),
         ("vectors", args.vectors >= 1, "must be at least 1"),
         ("views", args.views >= 1, "must be at least 1"),
         ("smallest-crop", 0.05 <= args.smallest_crop <= 1, "must be 0.05 to 1"),
@@ -129,6 +126,7 @@ def read_concepts(args, base: Base, seed: int) -> Concepts:
     vectors = dict.fromkeys(tokens, args.vectors)
     rows = torch.cat([rows_like(base, word, args.vectors) for word in initialisers])
     extended = with_new_rows(base, vectors)
+    size = base.unet.config.sample_size * base.factor
     told = [read_concept(folder, token, size, args.template) for folder, token in zip(args.images, tokens)]
     examples = encode(extended, told, args.views, args.smallest_crop, args.flip, seed)
     return Concepts(vectors, rows, extended, told, examples)
