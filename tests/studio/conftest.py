@@ -1,0 +1,77 @@
+"""Small weights for every tab, and a way to look at what the tabs show."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.checkpoint import save_tensors
+from common.schedule import NoiseSchedule
+from p2_ddim.model import FaceUNet, FaceUNetConfig
+from p3_controlnet.model import ControlNet
+from p3_personalization.words import save_words
+from tests.stable_diffusion import make_unet, randomised
+
+
+@pytest.fixture(scope="session")
+def face_weights(tmp_path_factory) -> Path:
+    """A network for 16x16 images, every weight random."""
+    config = FaceUNetConfig(patch_size=2, widths=(8, 16), blocks=1, attention=(False, True), embedding=16)
+    about = {
+        "kind": "FaceUNet", "config": asdict(config), "schedule": asdict(NoiseSchedule("cosine")), "prediction": "v",
+        "image_size": 16,
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("faces") / "faces.safetensors"
+    save_tensors(path, randomised(FaceUNet(config), seed=1).state_dict(), about)
+    return path
+
+
+@pytest.fixture(scope="session")
+def controlnet_folder(tmp_path_factory) -> Path:
+    """A ControlNet for the small Stable Diffusion that all tests share, every weight random."""
+    folder = tmp_path_factory.mktemp("controlnet")
+    randomised(ControlNet.from_unet(make_unet(), (4, 6, 8, 10)), seed=2).save(folder, {}, fp16=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def words_file(tmp_path_factory) -> Path:
+    """A word of two vectors for it."""
+    path = tmp_path_factory.mktemp("words") / "words.safetensors"
+    save_words(path, {"<new1>": torch.randn(2, 16, generator=torch.Generator().manual_seed(3))}, {})
+    return path
+
+
+@pytest.fixture(scope="session")
+def shrunk() -> Callable[[Image.Image, int], np.ndarray]:
+    """A function that undoes the enlargement of a picture to `side` pixels."""
+
+    def shrink(picture: Image.Image, side: int) -> np.ndarray:
+        pixels = np.asarray(picture)
+        scale = len(pixels) // side
+        assert scale > 1
+        assert np.array_equal(pixels, pixels[::scale, ::scale].repeat(scale, 0).repeat(scale, 1))
+        return pixels[::scale, ::scale]
+
+    return shrink
+
+
+@pytest.fixture(scope="session")
+def last() -> Callable[[Iterator[tuple]], tuple]:
+    """A function that lets a drawing run to its end, looks at its progress, and returns the last it yields."""
+
+    def run(drawing: Iterator[tuple]) -> tuple:
+        yielded = list(drawing)
+        statuses = [values[-1] for values in yielded]
+        total = len(yielded) - 1
+        assert [(status.done, status.total) for status in statuses] == [(k, total) for k in range(1, total + 1)] + [
+            (0, 0)
+        ]
+        assert statuses[-1].text.startswith("Done.")
+        return yielded[-1]
+
+    return run

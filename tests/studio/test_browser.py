@@ -1,0 +1,203 @@
+"""The studio in headless Chromium: every tab draws, follows its sliders, and tells mistakes in the page."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+INSTALL = (
+    "this test needs Gradio, Playwright and Chromium. Gradio: make studio. Playwright: .venv-studio/bin/python -m pip"
+    " install playwright. Chromium: apt-get install chromium, or CHROMIUM=/path/to/it. Then:"
+    " .venv-studio/bin/python -m pytest -m slow tests/studio"
+)
+PATIENCE = 120_000  # milliseconds: another program may have the processor
+
+
+@pytest.fixture(scope="module")
+def face_file(tmp_path_factory) -> Path:
+    """Where face weights come to lie later."""
+    return tmp_path_factory.mktemp("later") / "faces.safetensors"
+
+
+@pytest.fixture(scope="module")
+def address(tiny_digit_weights, face_file, pipeline_folder, controlnet_folder, words_file) -> Iterator[str]:
+    """A studio with small weights, but for the faces, which has none yet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    weights = {
+        "--digit-weights": tiny_digit_weights, "--face-weights": face_file, "--base": pipeline_folder,
+        "--controlnet": controlnet_folder, "--words": words_file,
+    }  # fmt: skip
+    command = [sys.executable, ROOT / "studio" / "app.py", "--port", port, "--quiet", "--device", "cpu"]
+    command += [part for pair in weights.items() for part in pair]
+    process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
+    address, deadline = f"http://127.0.0.1:{port}/", time.monotonic() + PATIENCE / 1000
+    try:
+        while True:
+            if process.poll() is not None:
+                pytest.fail(f"{process.stderr.read().strip()[-500:]}\n{INSTALL}")
+            try:
+                urllib.request.urlopen(address).close()
+                break
+            except urllib.error.URLError:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+        yield address
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.fail(INSTALL)
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.fail(INSTALL)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address) -> Iterator:
+    """The page, freshly loaded; whatever it asks for elsewhere, and errors in its scripts, fail the test."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    complaints = []
+    page.on("request", lambda request: None if local(request.url, address) else complaints.append(request.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.goto(address)
+    yield page
+    page.close()
+    assert complaints == []
+
+
+def local(url: str, address: str) -> bool:
+    return url.startswith((address, "data:", "blob:"))
+
+
+def tab(page, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+
+
+def draw(page, name: str) -> None:
+    """Click, and wait until it is done."""
+    page.locator(f"#{name}-draw").click()
+    page.locator(f"#{name}-status", has_text="Done.").wait_for()
+
+
+def sizes(page, place: str) -> list[int]:
+    """Widths of the pictures in a place, in pixels of the file; 0 for one that is broken."""
+    return page.locator(f"{place} img").evaluate_all("images => images.map(image => image.naturalWidth)")
+
+
+def source(page, place: str) -> str:
+    return page.locator(f"{place} img").get_attribute("src")
+
+
+def test_digits_and_the_way_there(page):
+    tab(page, "Digits")
+    assert sizes(page, "#digits-xt") == []
+    draw(page, "digits")
+    assert sizes(page, "#digits-xt") == sizes(page, "#digits-x0") == [4 * 114 + 2]
+    assert source(page, "#digits-xt") == source(page, "#digits-x0")
+    end = source(page, "#digits-xt")
+    slider = page.locator("#digits-walk input[type=range]")
+    assert slider.get_attribute("max") == "10"
+    slider.focus()
+    page.keyboard.press("Home")
+    page.locator("#digits-xt", has_text="xt at t = 999").wait_for()
+    assert source(page, "#digits-xt") not in (end, source(page, "#digits-x0"))
+
+
+def test_a_mistake_is_told_once_and_mended(page):
+    tab(page, "Digits")
+    seed = page.get_by_label("seed").locator("visible=true")
+    seed.fill("")
+    page.locator("#digits-draw").click()
+    alert = page.locator("#digits-status [role=alert]")
+    alert.wait_for()
+    assert alert.inner_text() == "seed is empty: choose from 0 to 2.14748e+09"
+    seed.fill("3")
+    draw(page, "digits")
+    assert alert.count() == 0
+
+
+def test_faces_come_when_their_weights_do(page, face_file, face_weights):
+    tab(page, "Two faces")
+    notice = page.locator("#faces-notice [role=note]")
+    notice.wait_for()
+    assert str(face_file) in notice.inner_text()
+    page.locator("#faces-lengths td", has_text="110.9").wait_for()  # sqrt(3 x 64 x 64)
+    page.locator("#faces-plot img").wait_for()
+    page.locator("#faces-draw").click()
+    page.locator("#faces-status [role=alert]", has_text="no face weights there").wait_for()
+    shutil.copy(face_weights, face_file)
+    draw(page, "faces")
+    for name in ("first", "slerp", "lerp", "second"):
+        assert sizes(page, f"#faces-{name}") == [256], name
+    notice.wait_for(state="detached")
+    before = source(page, "#faces-slerp")
+    slider = page.locator("#faces-alpha input[type=range]")
+    box = slider.bounding_box()
+    slider.click(position={"x": box["width"] * 0.9, "y": box["height"] / 2})
+    page.wait_for_function(
+        "before => document.querySelector('#faces-slerp img').src != before"
+        " && document.querySelector('#faces-status').innerText.includes('Done.')",
+        arg=before,
+    )
+
+
+def test_circles_go_where_one_clicks(page):
+    tab(page, "Circles")
+    hint = page.locator("#circles-hint img")
+    hint.wait_for()
+    prompt = page.locator("#circles-prompt textarea")
+    assert prompt.input_value() == "gold circle and navy circle with pink background"
+    before, box = source(page, "#circles-hint"), hint.bounding_box()
+    # The left circle goes to the right of the other, so the sentence turns round.
+    page.locator("#circle-2 input[type=number]").first.fill("20")
+    page.locator("#circle-2 input[type=number]").first.press("Enter")
+    page.wait_for_function(
+        "document.querySelector('#circles-prompt textarea').value == 'navy circle and gold circle with pink background'"
+    )
+    page.wait_for_function("before => document.querySelector('#circles-hint img').src != before", arg=before)
+    hint.click(position={"x": 0.8 * box["width"], "y": 0.3 * box["height"]})
+    page.wait_for_function("document.querySelector('#circle-1 input[type=number]').value == '80'")
+    draw(page, "circles")
+    assert sizes(page, "#circles-picture") == [384]
+
+
+def test_learned_words(page):
+    tab(page, "Learned words")
+    page.locator("#words-tokens", has_text="<new1>").wait_for()
+    assert page.locator("#words-notice [role=note]").count() == 0
+    prompt = page.locator("#words-prompt textarea")
+    prompt.fill("a <new2> here")
+    page.locator("#words-draw").click()
+    page.locator("#words-status [role=alert]", has_text="<new2> is no learned word").wait_for()
+    prompt.fill("a <new1> here")
+    draw(page, "words")
+    assert sizes(page, "#words-picture") == [4 * 258 + 2]
