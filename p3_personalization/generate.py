@@ -77,35 +77,45 @@ class DrawingOptions:
 def pictures(base: Base, prompts: Sequence[tuple[str, int]], options: DrawingOptions) -> Iterator[Tensor]:
     """Draw prompts, each with the number of the picture among all pictures of that prompt.
 
-    A picture depends on the seed, its prompt and its number alone, so it is the same with other methods' words of the
-    same name but for what they changed.
+    A picture depends on the seed, its prompt and its number alone: other words of the same name begin with the same
+    noise. A batch that does not fit the GPU's memory is halved; where half precision overflows, the networks are turned
+    to fp32 and stay so.
 
     Yields:
         uint8 (3, H, W) on the CPU, in the prompts' order.
 
     Raises:
-        UserError: a batch does not fit the GPU's memory, or there are more steps than the base's schedule has.
+        UserError: a single picture does not fit the GPU's memory, or is not finite in fp32 either; or there are more
+            steps than the base's schedule has.
     """
     keys = [(options.seed, zlib.crc32(prompt.encode()), number) for prompt, number in prompts]
+    start, size = 0, options.batch_size
     with tqdm(total=len(prompts), desc="pictures", unit="", disable=None) as bar:
-        for start in range(0, len(prompts), options.batch_size):
-            part = slice(start, start + options.batch_size)
+        while start < len(prompts):
+            texts = [prompt for prompt, _ in prompts[start : start + size]]
+            own = keys[start : start + size]
             try:
-                batch = draw_prompts(
-                    base,
-                    [prompt for prompt, _ in prompts[part]],
-                    keys[part],
-                    options.steps,
-                    options.guidance_scale,
-                    options.batch_size,
-                    options.sampler,
-                )
-            except torch.OutOfMemoryError:
-                raise UserError("a batch does not fit the GPU's memory; choose a smaller --batch-size") from None
+                batch = draw_prompts(base, texts, own, options.steps, options.guidance_scale, size, options.sampler)
             except ValueError as error:
                 raise UserError(f"--steps {options.steps}: {error}") from None
-            yield from batch
-            bar.update(len(batch))
+            except torch.OutOfMemoryError:
+                if len(texts) == 1:
+                    raise UserError("a picture does not fit the GPU's memory; add --precision fp16") from None
+                size = len(texts) // 2
+            except FloatingPointError:
+                dtype = base.unet.dtype
+                if dtype == torch.float32:
+                    raise UserError(f"{texts[0]!r}: drawn in fp32 it is not finite; name other weights") from None
+                print(f"warning: the networks overflow in {dtype}; drawing in fp32 from here on", file=sys.stderr)
+                for model in (base.unet, base.vae, base.text_encoder):
+                    model.float()
+            else:
+                yield from batch
+                start += len(batch)
+                bar.update(len(batch))
+                continue
+            if base.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def clear_way(out: Path, concepts: Sequence[Concept], count: int, overwrite: bool) -> None:

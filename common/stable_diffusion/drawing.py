@@ -38,6 +38,7 @@ def draw_prompts(
 
     Raises:
         ValueError: more steps than the schedule has, or an unknown method.
+        FloatingPointError: half precision overflows, or the weights are broken.
     """
     side, channels = base.unet.config.sample_size, base.unet.config.in_channels
     unet, timesteps = called_with_context(base.unet), base.schedule.timesteps(steps)
@@ -55,5 +56,7 @@ def draw_prompts(
         xt = ImageNoise(keys[part]).draw((channels, side, side), base.device)
         # Latents have no bounds.
         latents = draw(denoise, base.schedule, xt, timesteps, base.prediction, method, clip_x0=False)
+        if not latents.isfinite().all():  # pictures of them would be black
+            raise FloatingPointError("latents are not finite")
         images.append(to_uint8(base.decode(latents)))
     return torch.cat(images)

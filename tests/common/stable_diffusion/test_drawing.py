@@ -48,3 +48,10 @@ def test_lower_precision_stays_near(base, pipeline_folder):
     near = draw_prompts(load_base(pipeline_folder, dtype=torch.bfloat16), PROMPTS, KEYS, steps=3)
     difference = (exact.float() - near.float()).abs()
     assert 0 < difference.mean() < 4
+
+
+def test_what_is_not_finite_is_no_picture(pipeline_folder):
+    broken = load_base(pipeline_folder)
+    broken.unet.conv_out.bias[0] = torch.inf
+    with pytest.raises(FloatingPointError):
+        draw_prompts(broken, PROMPTS, KEYS, steps=2)
