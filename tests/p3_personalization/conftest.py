@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.stable_diffusion.base import load_base
+from p3_personalization.custom_diffusion import matrix_names, save_custom
 from p3_personalization.words import Words, save_words
 
 TABLE = {
@@ -26,6 +28,20 @@ def words_file(learned_words, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("words") / "words.safetensors"
     save_words(path, learned_words, {})
     return path
+
+
+@pytest.fixture(scope="session")
+def custom_file(learned_words, pipeline_folder, tmp_path_factory):
+    """A function that writes what Custom Diffusion might learn: these words, and the base's matrices times a factor."""
+    base = load_base(pipeline_folder)
+
+    def write(factor: float) -> Path:
+        path = tmp_path_factory.mktemp("custom") / "custom.safetensors"
+        matrices = {name: base.unet.get_parameter(name) * factor for name in matrix_names(base.unet)}
+        save_custom(path, base, learned_words, matrices, {})
+        return path
+
+    return write
 
 
 @pytest.fixture

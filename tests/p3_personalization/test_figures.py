@@ -1,7 +1,6 @@
 """The figures' sizes and counts, with a painter in place of the model, and with a small model."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +9,8 @@ from PIL import Image
 
 from common.circles import Circle, Scene, draw_target
 from common.errors import UserError
-from common.stable_diffusion.base import Base
 from p3_personalization import figures
 from p3_personalization.figures import CUSTOM_DIFFUSION, INVERSION
-from p3_personalization.words import add_words, load_words
 
 SIZE = 64
 PALETTE = {"white": (255, 255, 255), "wine": (120, 8, 56), "petrol": (0, 80, 120)}
@@ -35,18 +32,13 @@ def references(tmp_path):
 
 
 @pytest.fixture
-def draw(table, references, words_file, pipeline_folder, tmp_path, monkeypatch):
-    """A function that runs figures.py and returns what it wrote by name; Custom Diffusion's U-Net is just another."""
-
-    def with_learned(base: Base, words, custom=None) -> Base:
-        unet = base.unet if custom is None else base.unet.__class__.from_config(base.unet.config)
-        return add_words(replace(base, unet=unet), load_words(words_file))
-
-    monkeypatch.setattr(figures, "with_learned", with_learned)
+def draw(table, references, words_file, custom_file, pipeline_folder, tmp_path):
+    """A function that runs figures.py and returns what it wrote by name."""
+    custom = custom_file(-1)
 
     def run(*flags):
         fixed = [tmp_path / "out", "--table", table, "--references", references, "--base", pipeline_folder]
-        fixed += ["--words", words_file, "--custom", "custom.safetensors", "--steps", 2, "--precision", "fp32"]
+        fixed += ["--words", words_file, "--custom", custom, "--steps", 2, "--precision", "fp32"]
         files = figures.main(figures.parse_arguments([str(argument) for argument in [*fixed, *flags]]))
         assert sorted(files) == sorted((tmp_path / "out").iterdir())
         return {

@@ -10,9 +10,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common.errors import run
+from common.errors import UserError, run
 from common.sampling import ImageNoise
 from common.stable_diffusion.base import load_base, quiet
+from common.stable_diffusion.drawing import draw_prompts
 from p3_personalization import generate
 from p3_personalization.generate import DrawingOptions, pictures, with_learned
 
@@ -101,6 +102,62 @@ def test_prompts_without_a_learned_word_give_the_pixels_that_they_gave(pipeline_
     assert all(torch.equal(one, other) for one, other in zip(before, after))
     new = list(pictures(with_learned(base, [words_file]), [("<new1> circle", 0)], options))
     assert (new[0].int() - before[0].int()).abs().max() > 5
+
+
+def test_custom_diffusion_is_its_words_and_its_matrices(drawn, custom_file, table, pipeline_folder, tmp_path):
+    by_words = drawn("--count", 1)
+
+    def by_custom(factor):
+        out = tmp_path / f"{factor}"
+        flags = ["--custom", custom_file(factor), "--count", 1, "--steps", 2, "--precision", "fp32"]
+        files = generate.main(generate.parse_arguments([str(a) for a in [table, out, pipeline_folder, *flags]]))
+        return {str(file.relative_to(out)): np.asarray(Image.open(file)) for file in files}
+
+    assert largest_difference(by_words, by_custom(1)) == 0
+    assert largest_difference(by_words, by_custom(-1)) > 5
+
+
+PROMPTS = [("gold", 0), ("red", 1), ("red", 2), ("navy", 0), ("tan", 5)]
+
+
+def test_a_batch_that_does_not_fit_is_halved(pipeline_folder, monkeypatch):
+    base, sizes = load_base(pipeline_folder), []
+
+    def with_little_memory(base, prompts, *options):
+        sizes.append(len(prompts))
+        if len(prompts) > fitting:
+            raise torch.OutOfMemoryError
+        return draw_prompts(base, prompts, *options)
+
+    monkeypatch.setattr(generate, "draw_prompts", with_little_memory)
+    options = DrawingOptions(steps=2)
+    fitting = 8
+    whole = torch.stack(list(pictures(base, PROMPTS, options)))
+    fitting = 1
+    parts = torch.stack(list(pictures(base, PROMPTS, options)))
+    assert sizes == [5, 5, 2, 1, 1, 1, 1, 1]
+    assert (whole.int() - parts.int()).abs().max() <= 1
+    fitting = 0
+    with pytest.raises(UserError, match="does not fit the GPU's memory; add --precision fp16"):
+        list(pictures(base, PROMPTS, options))
+
+
+def test_what_overflows_in_half_precision_is_drawn_in_fp32(pipeline_folder, monkeypatch, capsys):
+    def overflowing(base, *options):
+        if base.unet.dtype != torch.float32:
+            raise FloatingPointError
+        return draw_prompts(base, *options)
+
+    monkeypatch.setattr(generate, "draw_prompts", overflowing)
+    options = DrawingOptions(steps=2, batch_size=2)
+    drawn = torch.stack(list(pictures(load_base(pipeline_folder, dtype=torch.bfloat16), PROMPTS, options)))
+    exact = torch.stack(list(pictures(load_base(pipeline_folder), PROMPTS, options)))
+    assert (drawn.float() - exact.float()).abs().mean() < 4  # the weights were rounded
+    assert capsys.readouterr().err.count("overflow in torch.bfloat16") == 1
+    broken = load_base(pipeline_folder)
+    broken.unet.conv_out.bias[0] = torch.nan
+    with pytest.raises(UserError, match="'gold': drawn in fp32 it is not finite"):
+        list(pictures(broken, PROMPTS, options))
 
 
 def test_other_files_in_the_way_are_refused_or_removed(drawn, arguments, tmp_path, capsys):
