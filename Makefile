@@ -7,7 +7,7 @@ ROOT := $(shell dirname "$(strip $(MAKEFILE_LIST))")
 IN_ROOT = @set -e; cd "$(ROOT)";
 SHELL := bash
 
-.PHONY: demo test lint bench report setup
+.PHONY: demo test lint bench report studio setup
 
 demo: setup
 	$(IN_ROOT) export PYTHON=.venv/bin/python; \
@@ -37,6 +37,21 @@ report: setup
 		if [ -n "$${!name}" ]; then flag=$${name,,}; flags+=("--$${flag//_/-}" "$${!name}"); fi; \
 	done; \
 	.venv/bin/python docs/report/make.py "$${flags[@]}"
+
+# Gradio wants an older Pillow than requirements.txt has, so the studio gets an environment of its own, which sees
+# whatever .venv has beside it. make studio ARGS="--port 8000" hands on arguments.
+studio: setup
+	$(IN_ROOT) \
+	mark=.venv-studio/requirements.txt; \
+	if ! [ -x .venv-studio/bin/python ] || ! cat requirements.txt studio/requirements.txt | cmp -s - $$mark; then \
+		.venv/bin/python -m venv --clear .venv-studio; \
+		path='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		.venv/bin/python -c "$$path" >"$$(.venv-studio/bin/python -c "$$path")/venv.pth"; \
+		echo "Installing studio/requirements.txt into $$PWD/.venv-studio (once)"; \
+		.venv-studio/bin/python -m pip install --quiet --disable-pip-version-check -r studio/requirements.txt; \
+		cat requirements.txt studio/requirements.txt >$$mark; \
+	fi; \
+	exec .venv-studio/bin/python studio/app.py $(ARGS)
 
 # The copy of requirements.txt in .venv is written last, so a set-up that failed is not taken for a whole one. What this
 # recipe began and did not finish is begun anew; a .venv made by hand is only added to. The lock, held by the shell's

@@ -22,7 +22,7 @@ INSTALL = (
     " install playwright. Chromium: apt-get install chromium, or CHROMIUM=/path/to/it. Then:"
     " .venv-studio/bin/python -m pytest -m slow tests/studio"
 )
-PATIENCE = 120_000  # milliseconds: another program may have the processor
+PATIENCE = 300_000  # milliseconds: another program may have the processor
 
 
 @pytest.fixture(scope="module")
