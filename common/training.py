@@ -5,9 +5,10 @@ Nothing random is carried from step to step: batch, noise and dropout of a step 
 sees the same batch however many processes share it.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -30,25 +30,12 @@ from common.checkpoint import (
 )
 from common.errors import UserError
 from common.images import check_output_folder, save_png
+from common.optimizing import PagedAdamW, average_model
 from common.runtime import pick_device, pick_precision, seeded_generator
 from common.training_options import TrainingOptions, learning_rate
 
 Batch = dict[str, Tensor]
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
-
-
-def average_model(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights, in eval mode; buffers are copied.
-
-    The decay warms up as (1 + n) / (10 + n), so that short runs do not remember their first weights.
-    """
-
-    def update(averaged: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
-        n = updates.item()
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    averaged = AveragedModel(model, multi_avg_fn=update, use_buffers=False)
-    return averaged.requires_grad_(False).eval()
 
 
 class Trainer:
@@ -70,7 +57,7 @@ class Trainer:
         measure: EMA model -> further numbers to log with every validation loss; None for none.
 
     Attributes:
-        averaged: the EMA model, in eval mode.
+        averaged: the EMA model, in eval mode; with --offload it lies in main memory.
         step: optimizer steps taken so far.
 
     Raises:
@@ -115,11 +102,10 @@ class Trainer:
         # channels_last is what tensor cores and oneDNN want for convolutions.
         self.model = model.to(self.accelerator.device, memory_format=torch.channels_last)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.raw_optimizer = torch.optim.AdamW(
-            self.trained.values(), options.lr, weight_decay=options.weight_decay, fused=True
-        )
+        optimizer = PagedAdamW if options.offload else torch.optim.AdamW
+        self.raw_optimizer = optimizer(self.trained.values(), options.lr, weight_decay=options.weight_decay, fused=True)
         self.ema = average_model(self.model, options.ema)
-        self.averaged = self.ema.module
+        self.averaged = self.ema.module.to("cpu") if options.offload else self.ema.module
         self.step, self.best = 0, math.inf
         if states := self.states():
             self.resume(states[-1])
@@ -278,17 +264,26 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return self.averaged
 
+    @contextlib.contextmanager
+    def averaged_at_hand(self) -> Iterator[nn.Module]:
+        """The averaged model, for a while where it can be run."""
+        self.averaged.to(self.accelerator.device)
+        with torch.no_grad(), self.accelerator.autocast():
+            yield self.averaged
+        if self.options.offload:
+            self.averaged.to("cpu")
+
     def validation_loss(self) -> float:
         """The averaged model's loss on held-out data."""
-        with torch.no_grad(), self.accelerator.autocast():
-            return float(self.validate(self.averaged))
+        with self.averaged_at_hand() as averaged:
+            return float(self.validate(averaged))
 
     def report(self, training_loss: float, bar: tqdm) -> None:
         """Log how good the averaged model is; beside a bar that is not shown, print it."""
         loss, measured = self.validation_loss(), {}
         if self.measure:
-            with torch.no_grad(), self.accelerator.autocast():
-                measured = dict(self.measure(self.averaged))
+            with self.averaged_at_hand() as averaged:
+                measured = dict(self.measure(averaged))
         self.log(validation_loss=loss, **measured)
         self.keep_best(loss)
         if bar.disable:
@@ -305,7 +300,7 @@ class Trainer:
 
     def draw_samples(self) -> None:
         """Write a picture of samples from the averaged model, as a PNG and to TensorBoard."""
-        with torch.no_grad(), self.accelerator.autocast():
-            picture = self.sample(self.averaged)
+        with self.averaged_at_hand() as averaged:
+            picture = self.sample(averaged)
         save_png(self.folder / f"samples_{self.step:08d}.png", picture)
         self.writer.add_image("samples", picture, self.step)

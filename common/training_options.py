@@ -32,6 +32,7 @@ class TrainingOptions:
     seed: int = option(0, "of the initial weights, the data order and the noise")
     precision: str = option("auto", "of the network; auto: bf16 on a CPU that has it, else fp32", PRECISIONS)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps; for several GPUs use accelerate launch")
+    offload: bool = option(False, "keep averaged weights and AdamW's moments off the GPU: less of its memory, slower")
     compile: bool = option(False, "torch.compile the network: a minute to start, then faster")
     save_every: int = option(500, "steps between training states")
     validate_every: int = option(500, "steps between validation losses")

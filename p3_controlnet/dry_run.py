@@ -14,9 +14,11 @@ def one_step(trainer: Trainer) -> dict[str, Any]:
     """Take one optimizer step, with the memory that every later one needs; returns time and memory, and prints them."""
     device = trainer.accelerator.device
     parameters = [p for group in trainer.raw_optimizer.param_groups for p in group["params"]]
-    for parameter in parameters:  # or the first step would make room for the moments when all else is freed
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        trainer.raw_optimizer.state[parameter] = {"step": torch.zeros((), device=device)} | moments
+    if not trainer.options.offload:
+        # Else the first step would make room for the moments only when the activations are gone.
+        for parameter in parameters:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            trainer.raw_optimizer.state[parameter] = {"step": torch.zeros((), device=device)} | moments
     trainer.runnable.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

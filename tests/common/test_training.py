@@ -83,6 +83,26 @@ def interrupted(at, batches=make_batch):
     return make
 
 
+def test_offloaded_it_takes_the_same_steps_and_averages(tmp_path):
+    seen = []
+
+    def validate(averaged):
+        seen.append(averaged)
+        return next(averaged.parameters()).mean()
+
+    trainer = train(tmp_path / "offloaded", offload=True, validate=validate)
+    train(tmp_path / "plain", validate=validate)
+    (ours, _), (theirs, _) = newest(tmp_path / "offloaded"), newest(tmp_path / "plain")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert len(seen) == 12
+    assert seen[0] is trainer.averaged
+    train(tmp_path / "offloaded", offload=True, steps=8, validate=validate)
+    train(tmp_path / "plain", steps=8, validate=validate)
+    (ours, _), (theirs, _) = newest(tmp_path / "offloaded"), newest(tmp_path / "plain")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(tmp_path, dropout):
     train(tmp_path / "whole", dropout=dropout, save_every=2)
