@@ -75,9 +75,9 @@ class Runner:
 def part_of(section: Section, runner: Runner, seed: int) -> Part:
     """Draw a section, or say why it cannot be drawn."""
     key, text = section.key, TEXTS[section.key]
-    for need in section.needs:
-        if not need.path.exists():
-            return Part(key, text, absent=f"Not drawn: {shown(need.path)} is not there. To get it: {need.mend}.")
+    if missing := [need for need in section.needs if not need.path.exists()]:
+        said = " ".join(f"{shown(need.path)} is not there; to get it, {need.mend}." for need in missing)
+        return Part(key, text, absent=f"Not drawn. {said}")
     for command in section.commands:
         if failure := runner.run(command):
             return Part(key, text, absent=f"Not drawn, since a command failed. {failure}")
@@ -132,6 +132,7 @@ def parse_arguments(argv: list[str] | None = None):
     parser.add_argument("--seed", type=int, default=0, help="of all figures")
     p1 = parser.add_argument_group("problem 1")
     p1.add_argument("--p1-weights", type=Path, default=ROOT / "p1_ddpm" / "weights" / "digits.safetensors")
+    p1.add_argument("--p1-data", type=Path, help="the course's digits folder, if not hw2_data/digits")
     p1.add_argument("--p1-classifier", type=Path, help="the course's Classifier.pth, which then judges too")
     p2, faces = parser.add_argument_group("problem 2"), ROOT / "p2_ddim"
     p2.add_argument("--p2-weights", type=Path, default=faces / "weights" / "faces.safetensors", help="or UNet.pt")

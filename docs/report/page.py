@@ -33,6 +33,7 @@ figcaption { color: var(--soft); font-size: .88rem; margin-top: .3rem }
 .equation { margin: .3rem 0 .9rem }
 .equation img { display: block; max-width: 100%; margin: .35rem 0 }
 .equation small { color: var(--soft) }
+.wide table { max-width: 46rem }
 table { border-collapse: collapse; font-size: .88rem; margin: 0 0 .3rem; width: 100%; break-inside: avoid }
 caption { text-align: left; font-weight: 600; padding-bottom: .25rem }
 th, td { padding: .22rem .5rem; border-bottom: 1px solid var(--line); text-align: right;
@@ -125,10 +126,10 @@ def image(file: Path, alternative: str) -> str:
 @functools.cache
 def equation(tex: str) -> str:
     """An equation as an image element of curves, which needs no font of the reader's."""
-    from matplotlib import mathtext  # here, because it takes a second to import
+    from matplotlib import font_manager, mathtext  # here, because it takes a second to import
 
     drawn = io.BytesIO()
-    mathtext.math_to_image(f"${tex}$", drawn, dpi=100, format="svg")
+    mathtext.math_to_image(f"${tex}$", drawn, font_manager.FontProperties(size=13), format="svg")
     return f'<img src="{data_uri(drawn.getvalue(), "image/svg+xml")}" alt="{html.escape(tex)}">'
 
 

@@ -41,8 +41,9 @@ def digits(args: Namespace) -> list[Section]:
     """Problem 1, both editions."""
     figures, weights, seed = args.out / "p1_figures", args.p1_weights, ["--seed", args.seed]
     needs = [Need(weights, "train some with p1_ddpm/train.py, or restore the file with git")]
+    data = ["--data", args.p1_data] if args.p1_data else []
     drawing = Command(
-        ["p1_ddpm/figures.py", "--out", figures, "--weights", weights, *seed],
+        ["p1_ddpm/figures.py", "--out", figures, "--weights", weights, *data, *seed],
         [figures / name for name in ("grid_2025.png", "grid_2024_mnistm.png", "grid_2024_svhn.png",
                                      "reverse_process.png", "reverse_process.gif", "guidance.png")],
     )  # fmt: skip
@@ -53,7 +54,9 @@ def digits(args: Namespace) -> list[Section]:
         classifier = ["--classifier", args.p1_classifier] if args.p1_classifier else []
         commands = [
             Command(["p1_ddpm/sample.py", drawn, "--layout", layout, "--weights", weights, *seed, "--overwrite"], []),
-            Command(["p1_ddpm/evaluate.py", drawn, "--layout", layout, "--json", numbers, *classifier], [numbers]),
+            Command(
+                ["p1_ddpm/evaluate.py", drawn, "--layout", layout, "--json", numbers, *data, *classifier], [numbers]
+            ),
         ]
         return commands, [lambda: tables.digits_now(numbers), lambda: tables.digits_recorded(weights, layout)]
 
@@ -197,7 +200,7 @@ def personalization(args: Namespace) -> list[Section]:
     table, references = args.p3_table, args.p3_references
     words, custom, seed = args.p3_words, args.p3_custom, ["--seed", args.seed]
     learned = [
-        Need(programs / "figures.py", "it comes with Fall 2024's edition of problem 3"),
+        Need(programs / "figures.py", "restore it with git"),
         Need(args.p3_base, "restore it with git, or name another with P3_BASE=..."),
         Need(table, "name the course's with P3_TABLE=input.json"),
         Need(words, "learn words with p3_personalization/textual_inversion.py"),
@@ -214,7 +217,7 @@ def personalization(args: Namespace) -> list[Section]:
         Section(
             "p3-2024-zeroshot",
             [
-                Need(programs / "zeroshot.py", "it comes with Fall 2024's edition of problem 3"),
+                Need(programs / "zeroshot.py", "restore it with git"),
                 Need(args.p3_clip, "name a CLIP folder in transformers' format with P3_CLIP=..."),
                 *(Need(path, "name the folder with id2label.json and val/") for path in data),
             ],

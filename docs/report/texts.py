@@ -99,7 +99,7 @@ TEXTS = {
             " few steps the fresh noise of a large eta is not all taken out again.",
         ],
         [
-            r"\sigma_t(\eta)=\eta\,\sqrt{\frac{1-\bar\alpha_{t'}}{1-\bar\alpha_t}}\,\sqrt{1-\frac{\bar\alpha_t}{\bar\alpha_{t'}}}",
+            r"\sigma_t(\eta)=\eta\,\sqrt{\dfrac{1-\bar\alpha_{t'}}{1-\bar\alpha_t}}\,\sqrt{1-\dfrac{\bar\alpha_t}{\bar\alpha_{t'}}}",
             r"x_{t'}=\sqrt{\bar\alpha_{t'}}\,\hat x_0+\sqrt{1-\bar\alpha_{t'}-\sigma_t^2}\,\hat\epsilon+\sigma_t z",
         ],
         "Song et al. 2021, equations 12 and 16. ddim_step in common/sampling.py",
@@ -114,7 +114,7 @@ TEXTS = {
             " about a factor √2 too short, and the face is washed out.",
         ],
         [
-            r"\mathrm{slerp}(a,b,\alpha)=\frac{\sin((1-\alpha)\theta)}{\sin\theta}\,a+\frac{\sin(\alpha\theta)}{\sin\theta}\,b",
+            r"\mathrm{slerp}(a,b,\alpha)=\dfrac{\sin((1-\alpha)\theta)}{\sin\theta}\,a+\dfrac{\sin(\alpha\theta)}{\sin\theta}\,b",
             r"\mathrm{lerp}(a,b,\alpha)=(1-\alpha)\,a+\alpha\,b",
         ],
         "Shoemake 1985; Song et al. 2021, section 5.3. slerp and lerp in p2_ddim/interpolate.py",
@@ -129,7 +129,7 @@ TEXTS = {
             " sums on different machines.",
         ],
         [
-            r"\mathrm{MSE}=\frac{1}{3HW}\sum(\mathrm{drawn}-\mathrm{truth})^2",
+            r"\mathrm{MSE}=\dfrac{1}{3HW}\sum(\mathrm{drawn}-\mathrm{truth})^2",
         ],
         "p2_ddim/evaluate.py",
     ),
@@ -159,7 +159,7 @@ TEXTS = {
         ],
         [
             r"\mathcal{L}=\mathbb{E}\,\Vert\epsilon-\epsilon_\theta(x_t,t,c_{\mathrm{prompt}},c_{\mathrm{hint}})\Vert^2",
-            r"\mathrm{score}=\mathrm{IoU}\cdot\frac{\cos+1}{2}",
+            r"\mathrm{score}=\mathrm{IoU}\cdot\dfrac{\cos+1}{2}",
         ],
         "Zhang et al. 2023, equation 10; the course's score. control_loss in p3_controlnet/train.py, course_score in"
         " p3_controlnet/evaluate.py",

@@ -108,10 +108,11 @@ def test_a_shared_command_runs_once(programs, report):
 
 def test_what_is_missing_is_said_and_the_rest_is_drawn(programs, report, capsys):
     command, figures, read = drawing(programs)
-    need = Need(programs / "absent.pt", "train some")
-    text = report(Section("p2-eta", [need], [command], figures), Section("p2-truth", [], [command], figures, read))
+    needs = [Need(programs / name, f"train {name}") for name in ("draw.py", "a.pt", "b.pt")]
+    text = report(Section("p2-eta", needs, [command], figures), Section("p2-truth", [], [command], figures, read))
     reader = Reader(text)
-    assert f"Not drawn: {programs / 'absent.pt'} is not there. To get it: train some." in reader.words
+    told = [f"{programs / name} is not there; to get it, train {name}." for name in ("a.pt", "b.pt")]
+    assert f"Not drawn. {' '.join(told)}" in reader.words
     assert [alternative for alternative, _ in reader.images].count("What it shows.") == 1
     assert f"1 of 2 sections, without: {TEXTS['p2-eta'].title}" in capsys.readouterr().out
 
@@ -280,11 +281,10 @@ def test_make_hands_on_every_name(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_students_weights_give_their_own_report(tmp_path, tiny_digit_weights, monkeypatch):
+def test_a_students_weights_give_their_own_report(tmp_path, tiny_digit_weights, digits, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    path = make.main(
-        make.parse_arguments(["--only", "p1", "--p1-weights", str(tiny_digit_weights), "--out", str(tmp_path)])
-    )
+    flags = ["--only", "p1", "--p1-weights", str(tiny_digit_weights), "--p1-data", str(digits), "--out", str(tmp_path)]
+    path = make.main(make.parse_arguments(flags))
     text = path.read_text(encoding="utf-8")
     assert is_self_contained(text)
     shown = {content for _, content in Reader(text).images}
