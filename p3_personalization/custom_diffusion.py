@@ -1,6 +1,6 @@
 """Learn several concepts together: new words, and the key and value matrices of the U-Net's cross-attention.
 
-python concepts.py runs/concepts && python custom_diffusion.py runs/concepts/0 runs/concepts/1
+python concepts.py runs/concepts && python custom_diffusion.py
 python custom_diffusion.py CATS POTS --initialiser cat pot --base sd-v1-4.ckpt --class-prompts FILE --lr 1e-5
 
 A part of every batch are pictures of the class that the base drew itself, so that it does not forget what else it knows

@@ -1,10 +1,11 @@
 """Learn new words from a few pictures: rows of the text encoder's table, and nothing else (Gal et al. 2022).
 
-python concepts.py runs/concepts && python textual_inversion.py runs/concepts/0 runs/concepts/1
+python concepts.py runs/concepts && python textual_inversion.py
 python textual_inversion.py PHOTOS --token "<new1>" --initialiser dog --base sd-v1-4.ckpt --lr 5e-3 --steps 3000
 
-A folder of pictures is one concept; a .txt beside a picture has its own sentences, with {} for the word. Several
-folders are learned in one run and come as one file, OUT/words.safetensors. Running the same command again resumes.
+A folder of pictures is one concept; a .txt beside a picture has its own sentences, with {} for the word, and a
+templates.txt those of all pictures without one. Several folders are learned in one run and come as one file,
+OUT/words.safetensors. Running the same command again resumes.
 """
 
 import json
@@ -40,10 +41,11 @@ from p3_personalization.words import add_words, save_words
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "p3_controlnet" / "weights" / "base"
-CONCEPTS = ROOT / "runs" / "concepts"
+# The miniature's concepts, and a colour of one token that is near each of theirs.
+STARTS = {ROOT / "runs" / "concepts" / "0": "purple", ROOT / "runs" / "concepts" / "1": "olive"}
 SHOWN, STEPS = 4, 10  # pictures of each word while it is learned, and steps to draw them in
 DEFAULTS = {
-    "steps": 1000, "batch_size": 8, "lr": 5e-3, "weight_decay": 0.0, "warmup": 10, "ema": 0.0,
+    "steps": 600, "batch_size": 8, "lr": 1e-2, "weight_decay": 0.0, "warmup": 10, "ema": 0.0,
     "validate_every": 100, "sample_every": 500, "save_every": 100,
 }  # fmt: skip
 
@@ -51,7 +53,7 @@ DEFAULTS = {
 def add_concept_arguments(parser: Parser) -> None:
     """The arguments of everything that learns words from folders of pictures."""
     parser.add_argument(
-        "images", type=Path, nargs="*", default=[CONCEPTS / "0", CONCEPTS / "1"], metavar="IMAGES",
+        "images", type=Path, nargs="*", default=[*STARTS], metavar="IMAGES",
         help="a folder of pictures for each word",
     )  # fmt: skip
     parser.add_argument("--base", type=Path, default=BASE, help="the frozen model: a file or diffusers folder")
@@ -59,7 +61,10 @@ def add_concept_arguments(parser: Parser) -> None:
     words = parser.add_argument_group("words")
     words.add_argument("--token", nargs="+", metavar="TOKEN", help="a token a folder (default: <new1>, <new2>, ...)")
     words.add_argument(
-        "--initialiser", nargs="+", default=["gray"], metavar="WORD", help="known word to start from: one, or one each"
+        "--initialiser",
+        nargs="+",
+        metavar="WORD",
+        help=f"known word to start from: one, or one each (for the miniature's concepts: {', '.join(STARTS.values())})",
     )
     words.add_argument("--vectors", type=int, default=1, help="rows a word")
     data = parser.add_argument_group("pictures")
@@ -92,6 +97,17 @@ class Concepts:
     examples: Examples
 
 
+def initialisers_of(args) -> list[str]:
+    """The words to start from, as they are given or as they suit the miniature's concepts.
+
+    Raises:
+        UserError: none are given for other pictures.
+    """
+    if not args.initialiser and args.images != [*STARTS]:
+        raise UserError("--initialiser: name a known word that tells roughly what the pictures show, such as dog")
+    return args.initialiser or [*STARTS.values()]
+
+
 def tokens_and_initialisers(args) -> tuple[list[str], list[str]]:
     """The token of each folder of pictures, and the words that it starts from.
 
@@ -100,7 +116,8 @@ def tokens_and_initialisers(args) -> tuple[list[str], list[str]]:
     """
     folders = len(args.images)
     tokens = args.token or [f"<new{k + 1}>" for k in range(folders)]
-    initialisers = args.initialiser * folders if len(args.initialiser) == 1 else args.initialiser
+    initialisers = initialisers_of(args)
+    initialisers = initialisers * folders if len(initialisers) == 1 else initialisers
     for flag, given in (("token", tokens), ("initialiser", initialisers)):
         if len(given) != folders:
             raise UserError(f"--{flag}: {len(given)} for {folders} folders of pictures; give one for each")
@@ -139,8 +156,9 @@ def shown_prompts(concepts: Concepts) -> list[str]:
 
 def notes_of(args) -> dict[str, Any]:
     """How words were learned beyond the training options, for the files."""
-    names = "images", "base", "initialiser", "template", "views", "smallest_crop", "flip"
-    return {name: json.loads(json.dumps(getattr(args, name), default=str)) for name in names}
+    names = "images", "base", "template", "views", "smallest_crop", "flip"
+    plain = {name: json.loads(json.dumps(getattr(args, name), default=str)) for name in names}
+    return plain | {"initialiser": initialisers_of(args)}
 
 
 def parse_arguments(argv: list[str] | None = None):

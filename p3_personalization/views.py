@@ -53,29 +53,38 @@ def fill_in(templates: Sequence[str], token: str, mention: str) -> list[str]:
     return [template.replace("{}", token) for template in templates]
 
 
+def read_templates(path: Path, token: str) -> list[str]:
+    """The lines of a text file, filled in.
+
+    Raises:
+        UserError: it has no lines, or one without {}.
+    """
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: says nothing; write a line such as 'a photo of a {{}}', or remove it")
+    return fill_in(lines, token, f"{path}: ")
+
+
 def read_concept(folder: Path, token: str, size: int, templates: Sequence[str]) -> Told:
     """The pictures of one concept.
 
     Args:
         folder: holds them, and may hold a .txt of the same name beside each: a template a line for this picture alone.
+            A templates.txt is for all pictures without one.
         token: of the concept.
         size: side to cut and resize to.
-        templates: sentences with {} where the token goes, for pictures without a .txt.
+        templates: sentences with {} where the token goes, for pictures without either.
 
     Raises:
         UserError: no such folder, no images in it or a broken one, or a template without {}.
     """
     found = read_folder_images(folder, size)
-    general, prompts = fill_in(templates, token, "template "), []
+    shared = Path(folder) / "templates.txt"
+    general = read_templates(shared, token) if shared.is_file() else fill_in(templates, token, "template ")
+    prompts = []
     for name in found.names:
-        sentences = (Path(folder) / name).with_suffix(".txt")
-        if not sentences.is_file():
-            prompts.append(general)
-            continue
-        lines = [line.strip() for line in sentences.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not lines:
-            raise UserError(f"{sentences}: says nothing; write a line such as {templates[0]!r}, or remove it")
-        prompts.append(fill_in(lines, token, f"{sentences}: "))
+        own = (Path(folder) / name).with_suffix(".txt")
+        prompts.append(read_templates(own, token) if own.is_file() else general)
     return Told(found.images, prompts)
 
 

@@ -172,6 +172,12 @@ def test_bad_arguments_are_refused_before_anything_is_written(call, tmp_path, fl
     assert not (tmp_path / "run").exists()
 
 
+def test_words_to_start_from_are_known_for_the_miniatures_concepts_alone(photos):
+    assert textual_inversion.initialisers_of(parse_arguments([])) == ["purple", "olive"]
+    with pytest.raises(UserError, match=r"^--initialiser: name a known word"):
+        textual_inversion.initialisers_of(parse_arguments([str(photos / "0")]))
+
+
 def test_a_token_of_the_base_is_refused(arguments, finished, pipeline_folder, tmp_path):
     save_base(tmp_path / "base", add_words(load_base(pipeline_folder), load_words(finished / "words.safetensors")))
     flags = ["--base", str(tmp_path / "base"), "--out", str(tmp_path / "run")]

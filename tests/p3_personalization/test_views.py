@@ -42,6 +42,13 @@ def test_pictures_come_with_their_own_sentences_or_the_templates(photos):
     assert told.prompts == [general, ["<new1> on grass", "my <new1>, and <new1> again"], general]
 
 
+def test_a_folder_may_have_sentences_for_all_its_pictures(photos):
+    (photos / "templates.txt").write_text("photo of a {} dog\n")
+    told = read_concept(photos, "<new1>", 32, ["a {}"])
+    dog = ["photo of a <new1> dog"]
+    assert told.prompts == [dog, ["<new1> on grass", "my <new1>, and <new1> again"], dog]
+
+
 def test_the_default_templates_are_sentences_about_one_thing():
     assert len(TEMPLATES) == len(set(TEMPLATES)) == 27
     assert all(template.count("{}") == 1 for template in TEMPLATES)
@@ -51,7 +58,7 @@ def test_the_default_templates_are_sentences_about_one_thing():
     ("text", "templates", "complaint"),
     [
         ("a dog", ["{}"], "{folder}/1.txt: 'a dog': is without {}; write {} where the token <new1> is to stand"),
-        (" \n", ["a {}"], "{folder}/1.txt: says nothing; write a line such as 'a {}', or remove it"),
+        (" \n", ["a {}"], "{folder}/1.txt: says nothing; write a line such as 'a photo of a {}', or remove it"),
         ("{}", ["a photo"], "template 'a photo': is without {}; write {} where the token <new1> is to stand"),
     ],
 )
