@@ -30,7 +30,7 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     """
     fits = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
     if not fits:
-        raise UserError(f"{name} {'is empty' if value is None else value}: choose from {low:g} to {high:g}")
+        raise UserError(f"{name} {'is empty' if value is None else value}: choose from {low} to {high}")
     return float(value)
 
 

@@ -139,7 +139,7 @@ def test_a_mistake_is_told_once_and_mended(page):
     page.locator("#digits-draw").click()
     alert = page.locator("#digits-status [role=alert]")
     alert.wait_for()
-    assert alert.inner_text() == "seed is empty: choose from 0 to 2.14748e+09"
+    assert alert.inner_text() == "seed is empty: choose from 0 to 2147483647"
     seed.fill("3")
     draw(page, "digits")
     assert alert.count() == 0
