@@ -131,8 +131,10 @@ def start(args) -> Any:
             app_kwargs={"middleware": [Middleware(ContentPolicy)]},
             prevent_thread_lock=True,
         )
-    except OSError as error:
-        raise UserError(f"--host {args.host} --port {args.port}: {error}; choose another port or address") from None
+    except OSError:
+        raise UserError(
+            f"--host {args.host} --port {args.port}: taken, or no address of this machine; choose another"
+        ) from None
     return page
 
 
