@@ -13,10 +13,15 @@ demo: setup
 	$(IN_ROOT) export PYTHON=.venv/bin/python; \
 	bash hw2_1.sh outputs/p1 --overwrite; \
 	$$PYTHON p1_ddpm/figures.py --out outputs/p1_figures; \
+	bash hw2_2.sh; \
+	$$PYTHON p2_ddim/evaluate.py outputs/p2 p2_ddim/examples/GT; \
+	$$PYTHON p2_ddim/figures.py; \
 	bash hw2_3.sh; \
 	$$PYTHON p3_controlnet/figures.py outputs/p3_figures; \
 	echo "P1 digits:  $$PWD/outputs/p1"; \
 	echo "P1 figures: $$PWD/outputs/p1_figures"; \
+	echo "P2 faces:   $$PWD/outputs/p2"; \
+	echo "P2 figures: $$PWD/outputs/p2_figures"; \
 	echo "P3 circles: $$PWD/outputs/p3"; \
 	echo "P3 figures: $$PWD/outputs/p3_figures"
 
@@ -27,7 +32,7 @@ lint: setup
 	$(IN_ROOT) .venv/bin/python -m ruff check .; .venv/bin/python -m ruff format --check .
 
 bench: setup
-	$(IN_ROOT) .venv/bin/python benchmarks/p1.py; .venv/bin/python benchmarks/p3.py
+	$(IN_ROOT) for problem in p1 p2 p3; do .venv/bin/python benchmarks/$$problem.py; done
 
 # make report P1_WEIGHTS=... shows a student's own; the names are those of the flags of docs/report/make.py.
 report: setup

@@ -9,12 +9,13 @@ training step, with checkpointing and without. Each is a process of its own, who
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,6 +30,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIRS = 11  # train.py holds one of so many out
 
 
+def peak_resident(pid: int) -> int:
+    """The most memory a running process has had so far, in bytes; 0 when it has just ended.
+
+    What wait4 tells is no use: a new process starts with its parent's peak.
+    """
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
 def measured(command: Sequence[object]) -> tuple[dict[str, float], str]:
     """Run a command; its seconds and peak memory (GB, resident), and what it printed.
 
@@ -39,14 +50,16 @@ def measured(command: Sequence[object]) -> tuple[dict[str, float], str]:
     with tempfile.TemporaryFile("w+") as output:
         started = perf_counter()
         process = subprocess.Popen([str(word) for word in command], stdout=output, stderr=output, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, peak_resident(process.pid))
+            sleep(0.02)
         seconds = perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         text = output.read()
     if process.returncode:
         raise UserError(f"{command[1]}: exit code {process.returncode}: {' '.join(text.split())[-400:]}")
-    return {"seconds": round(seconds, 1), "peak_resident_gb": round(usage.ru_maxrss * 1024 / 1e9, 2)}, text
+    return {"seconds": round(seconds, 1), "peak_resident_gb": round(peak / 1e9, 2)}, text
 
 
 def drawing(args, work: Path, controlnet: Path) -> dict[str, Any]:

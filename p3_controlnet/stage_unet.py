@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from common.circles import read_prompt
 from common.colour import ciede2000, colour_named, rgb_to_lab
 from common.data import shuffled_indices, stratified_timesteps
-from common.images import grid, to_uint8
+from common.images import grid
 from common.losses import diffusion_loss
 from common.runtime import pick_device, seeded_generator
-from common.sampling import ImageNoise, draw, guided
 from common.schedule import NoiseSchedule
 from common.stable_diffusion.base import Base, load_part, save_base
+from common.stable_diffusion.drawing import called_with_context, draw_prompts
 from common.training import Batch, Trainer
 from common.training_options import TrainingOptions
 from p3_controlnet.cache import encode_pairs
@@ -28,22 +28,6 @@ SHOWN, JUDGED = 16, 64  # pictures a sample grid, and to measure the finished U-
 STEPS, GUIDANCE = 20, 2.0
 RIGHT = 10.0  # CIEDE2000 up to which a colour is the named one
 SEEN = 0.01  # of the area a colour must have
-
-
-def called_with_context(unet: nn.Module) -> Callable[..., Tensor]:
-    """The U-Net as the loss and the sampler call it: network(xt, t, context=...)."""
-    return lambda xt, t, context: unet(xt, t, encoder_hidden_states=context).sample
-
-
-def draw_prompts(base: Base, unet: nn.Module, prompts: Sequence[str], steps: int = STEPS) -> Tensor:
-    """One picture for each prompt, always from the same noise: uint8 (N, 3, H, W)."""
-    context = base.encode_prompts(prompts).float()
-    null = base.encode_prompts([""]).float().expand_as(context)
-    side = unet.config.sample_size
-    xt = ImageNoise([(0, k) for k in range(len(prompts))]).draw((unet.config.in_channels, side, side), base.device)
-    denoise = guided(called_with_context(unet), {"context": context}, {"context": null}, GUIDANCE)
-    latents = draw(denoise, base.schedule, xt, base.schedule.timesteps(steps), base.prediction, clip_x0=False)
-    return to_uint8(base.decode(latents))
 
 
 def shows_named_colours(image: Tensor, prompt: str) -> bool:
@@ -96,8 +80,12 @@ def train_unet(args: argparse.Namespace, options: TrainingOptions, train: Pictur
 
     prompts = [pair.prompt for pair in held_out.pairs]
 
+    def drawn(averaged: nn.Module, count: int, steps: int) -> Tensor:
+        keys = [(0, k) for k in range(len(prompts[:count]))]  # always the same noise
+        return draw_prompts(replace(base, unet=averaged), prompts[:count], keys, steps, GUIDANCE)
+
     def sample(averaged: nn.Module) -> Tensor:
-        return grid(draw_prompts(base, averaged, prompts[:SHOWN], steps=10), columns=SHOWN // 2)
+        return grid(drawn(averaged, SHOWN, steps=10), columns=SHOWN // 2)
 
     about = {"kind": "UNet2DConditionModel", "config": json.loads(unet.to_json_string())}
     notes = {"prompt_drop": args.prompt_drop, "min_snr_gamma": args.min_snr_gamma}
@@ -105,7 +93,7 @@ def train_unet(args: argparse.Namespace, options: TrainingOptions, train: Pictur
     averaged = trainer.run()
     if trainer.accelerator.is_main_process:
         with torch.no_grad(), trainer.accelerator.autocast():
-            images = draw_prompts(base, averaged, prompts[:JUDGED])
+            images = drawn(averaged, JUDGED, STEPS)
         right = np.mean([shows_named_colours(image, prompt) for image, prompt in zip(images, prompts)])
         save_base(folder, Base(**parts, unet=averaged, schedule=base.schedule, prediction=base.prediction))
         print(f"{folder}: {right:.1%} of {len(images)} pictures show all colours that their held-out prompts name")
