@@ -1,7 +1,7 @@
 """Train a face U-Net on a folder of images, by default a small one on 64x64 faces.
 
 python train.py --data hw2_data/faces
-python train.py --data photos --image-size 128 --patch-size 4 --widths 128 256 256 --attention 0 0 1
+python train.py --data photos --image-size 128 --widths 128 256 256 --attention 0 0 1
 
 Running the same command again resumes where the run stopped.
 """
@@ -85,17 +85,17 @@ def parse_arguments(argv: list[str] | None = None):
     data.add_argument("--image-size", type=int, default=64, help="side to cut and resize the images to")
     data.add_argument("--flip", action=BooleanOptionalAction, default=True, help="mirror half of the images")
     model = parser.add_argument_group("model")
-    model.add_argument("--patch-size", type=int, default=2, help="pixel blocks folded into channels")
-    model.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256], help="channels by level, finest first")
+    model.add_argument("--patch-size", type=int, default=4, help="pixel blocks folded into channels")
+    model.add_argument("--widths", type=int, nargs="+", default=[128, 192], help="channels by level, finest first")
     model.add_argument("--blocks", type=int, default=1, help="residual blocks a level")
     model.add_argument(
-        "--attention", type=int, nargs="+", default=[0, 0, 1], choices=(0, 1), help="levels that attend, finest first"
+        "--attention", type=int, nargs="+", default=[0, 1], choices=(0, 1), help="levels that attend, finest first"
     )
     model.add_argument("--dropout", type=float, default=0.0, help="inside residual blocks")
     model.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="noise schedule")
     model.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what the network predicts")
     model.add_argument("--min-snr-gamma", type=float, default=5.0, help="loss weighting; 0 for none")
-    add_training_arguments(parser, steps=30_000, batch_size=64, lr=4e-4, decay_fraction=0.3, ema=0.9995)
+    add_training_arguments(parser, steps=20_000, batch_size=64, lr=6e-4, decay_fraction=0.5, ema=0.999)
     return parser.parse_args(argv)
 
 
