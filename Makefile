@@ -15,7 +15,7 @@ demo: setup
 	$$PYTHON p1_ddpm/figures.py --out outputs/p1_figures; \
 	bash hw2_2.sh; \
 	$$PYTHON p2_ddim/evaluate.py outputs/p2 p2_ddim/examples/GT; \
-	$$PYTHON p2_ddim/figures.py; \
+	$$PYTHON p2_ddim/figures.py --only eta strips; \
 	bash hw2_3.sh; \
 	$$PYTHON p3_controlnet/figures.py outputs/p3_figures; \
 	echo "P1 digits:  $$PWD/outputs/p1"; \

@@ -46,7 +46,20 @@ def test_about_half_of_the_images_are_mirrored(face_folder, flip):
 @pytest.fixture
 def arguments(face_folder, tmp_path):
     def make(*flags):
-        small = ["--widths", "8", "16", "--attention", "0", "1", "--image-size", "16", "--batch-size", "4"]
+        small = [
+            "--patch-size",
+            "2",
+            "--widths",
+            "8",
+            "16",
+            "--attention",
+            "0",
+            "1",
+            "--image-size",
+            "16",
+            "--batch-size",
+            "4",
+        ]
         often = [
             "--steps",
             "4",
