@@ -26,7 +26,7 @@ demo: setup
 	echo "P3 figures: $$PWD/outputs/p3_figures"
 
 test: setup
-	$(IN_ROOT) .venv/bin/python -m pytest
+	$(IN_ROOT) .venv/bin/python -m pytest --numprocesses auto
 
 lint: setup
 	$(IN_ROOT) .venv/bin/python -m ruff check .; .venv/bin/python -m ruff format --check .
