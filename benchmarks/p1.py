@@ -7,13 +7,10 @@ Every figure is a median over `--repeats`; the plain peer is a few of its 1000 s
 """
 
 import json
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import PlainContextUNet, plain_steps
+from benchmarks.timing import median_seconds
 from common.data import LabelledImages
 from common.errors import Parser, run
 from common.images import to_uint8
@@ -48,23 +46,12 @@ DIFFUSERS = {
 }
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median wall time of `work` after one run that is not counted."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = perf_counter()
-        work()
-        times.append(perf_counter() - start)
-    return statistics.median(times)
-
-
 def time_plain_peer(images: int, steps: int, repeats: int) -> dict[str, float]:
     """The published way: seconds for `images`, from a few steps of a few images, scaled in both."""
     model = PlainContextUNet().eval()
     few = 8
     labels = torch.arange(few)
-    taken = seconds(lambda: plain_steps(model, torch.randn(few, 3, 28, 28), labels, 2.0, steps), repeats)
+    taken = median_seconds(lambda: plain_steps(model, torch.randn(few, 3, 28, 28), labels, 2.0, steps), repeats)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps_timed": steps,
@@ -94,7 +81,7 @@ def measured_matrix_product(precision: str) -> float:
     """Floating-point operations a second of a 2048-cubed matrix product, the machine's practical ceiling."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(2, 2048, 2048).to(dtype)
-    return 2 * 2048**3 / seconds(lambda: a @ b, 9)
+    return 2 * 2048**3 / median_seconds(lambda: a @ b, 9)
 
 
 def forward_flops(model: ContextUNet) -> int:
@@ -154,10 +141,10 @@ def time_training_step(config: ContextUNetConfig, batch_size: int, repeats: int)
             return load_preloaded() | {"x0": x0, "labels": classes}
 
         rows = {
-            "preloaded_step": seconds(lambda: step(load_preloaded()), repeats),
-            "png_step": seconds(lambda: step(load_png()), repeats),
-            "preloaded_batch": seconds(load_preloaded, repeats),
-            "png_batch": seconds(lambda: next(endless), repeats),
+            "preloaded_step": median_seconds(lambda: step(load_preloaded()), repeats),
+            "png_step": median_seconds(lambda: step(load_png()), repeats),
+            "preloaded_batch": median_seconds(load_preloaded, repeats),
+            "png_batch": median_seconds(lambda: next(endless), repeats),
         }
     return rows | {"step_ratio": rows["png_step"] / rows["preloaded_step"]}
 
@@ -195,10 +182,13 @@ def main(args) -> dict:
 
     figures = {"images": len(digits), "steps": args.steps, "guidance_scale": args.guidance_scale}
     figures |= {"precision": sampler.precision, "threads": torch.get_num_threads()}
-    figures["ours_seconds"] = seconds(ours, args.repeats)
+    figures["ours_seconds"] = median_seconds(ours, args.repeats)
     figures["diffusers_seconds"] = {}
     for method in DIFFUSERS:
-        pair = seconds(lambda m=method: ours(m), args.repeats), seconds(lambda m=method: theirs(m), args.repeats)
+        pair = (
+            median_seconds(lambda m=method: ours(m), args.repeats),
+            median_seconds(lambda m=method: theirs(m), args.repeats),
+        )
         figures["diffusers_seconds"][method] = {"ours": pair[0], "diffusers": pair[1], "ratio": pair[1] / pair[0]}
     plain = time_plain_peer(len(digits), args.peer_steps, args.repeats)
     figures["plain_peer"] = plain | {"ratio": plain["seconds_scaled"] / figures["ours_seconds"]}

@@ -9,12 +9,9 @@ the published figures and the assumptions that stand beside them: nothing of the
 """
 
 import json
-import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,6 +20,7 @@ import torch
 
 from benchmarks.projection import Assumptions, Machine, projected, training_rates
 from benchmarks.scale_tables import counted_text, measured_text, replace_block
+from benchmarks.timing import median_seconds
 from benchmarks.workloads import MEASURED, WORK
 from common.checkpoint import write_atomically
 from common.errors import Parser, UserError, run
@@ -56,17 +54,6 @@ def figures_of(key: str, machine: Machine, assumed: Assumptions) -> dict[str, An
             p: training_rates(work.batch, 4 * work.trained_count, step, machine, assumed, p) for p in precisions
         },
     }
-
-
-def median_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median wall time after one run that is not counted."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = perf_counter()
-        work()
-        times.append(perf_counter() - start)
-    return statistics.median(times)
 
 
 def measured(key: str, precision: str, pictures: int, repeats: int) -> dict[str, float]:
