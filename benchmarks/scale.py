@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.pages import write_blocks
 from benchmarks.projection import Assumptions, Machine, projected, training_rates
-from benchmarks.scale_tables import counted_text, measured_text, replace_block
+from benchmarks.scale_tables import counted_text, measured_text
 from benchmarks.timing import median_seconds
 from benchmarks.workloads import MEASURED, WORK
 from common.checkpoint import write_atomically
@@ -126,10 +127,7 @@ def main(args) -> dict[str, Any]:
         )
         blocks["measured"] = measured_text(result["measured"], figures, facts)
     if args.write:
-        text = args.page.read_text(encoding="utf-8")
-        for name, content in blocks.items():
-            text = replace_block(text, name, content, args.page)
-        write_atomically(args.page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_blocks(args.page, blocks)
         print(f"{', '.join(blocks)}: in {args.page}")
     else:
         print("\n\n".join(blocks.values()))

@@ -1,28 +1,13 @@
 """What was counted, projected and measured, as the tables of docs/scale.md."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import number, table
 from benchmarks.projection import GPUS, GPUS_A_NODE, Assumptions, Machine
-from common.errors import UserError
 
 # Rows in the course's training data; the other workloads have no fixed data set.
 COURSE_PICTURES = {"p1": 56_000 + 79_431, "p3-sd": 50_000}
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first column is text."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def number(value: float) -> str:
-    """Three figures, without an exponent."""
-    if value != value:
-        return "-"
-    digits = f"{value:.3g}"
-    return f"{float(digits):,.0f}" if abs(value) >= 100 else digits
 
 
 def counted_text(figures: Mapping[str, Mapping[str, Any]], machine: Machine, assumed: Assumptions) -> str:
@@ -141,17 +126,3 @@ def measured_text(results: Mapping[str, Mapping[str, float]], figures: Mapping[s
         rows.append([f["name"], *map(number, values)])
     head = ["", "training step, s", "GFLOP/s", "a picture, s", "GFLOP/s"]
     return f"{facts}\n\n{table(head, rows)}"
-
-
-def replace_block(text: str, name: str, content: str, source: Path) -> str:
-    """A page's text with other content between the comments that begin and end a block.
-
-    Raises:
-        UserError: the page has no such block.
-    """
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise UserError(f"{source}: has no block from {begin} to {end}; restore it")
-    return f"{before}{begin}\n{content}\n{end}{after}"
