@@ -17,25 +17,28 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.checkpoint import (
-    EMA_PREFIX,
-    load_strictly,
-    load_tensors,
-    remove_unfinished,
-    save_tensors,
-    write_atomically,
-)
+from common.checkpoint import EMA_PREFIX, load_strictly, load_tensors, remove_unfinished, save_tensors
 from common.errors import UserError
-from common.images import check_output_folder, save_png
+from common.images import check_output_folder
 from common.optimizing import PagedAdamW, average_model
+from common.run_log import RunLog
 from common.runtime import pick_device, pick_precision, seeded_generator
 from common.training_options import TrainingOptions, learning_rate
 
 Batch = dict[str, Tensor]
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
+
+
+def loss_of(batch: Batch, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> Callable[[nn.Module], Tensor]:
+    """A validation loss: from a model to its loss on always the same batch, wherever the model is."""
+
+    def loss(model: nn.Module) -> Tensor:
+        device = next(model.parameters()).device
+        return loss_fn(model, {name: tensor.to(device) for name, tensor in batch.items()})
+
+    return loss
 
 
 class Trainer:
@@ -167,21 +170,6 @@ class Trainer:
         ]
         self.accelerator.print(f"resuming {path}", *(["with", ", ".join(changes)] if changes else []), flush=True)
 
-    def log(self, **numbers: float) -> None:
-        """Append to metrics.jsonl and TensorBoard."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step} | numbers) + "\n")
-        for name, number in numbers.items():
-            self.writer.add_scalar(name, number, self.step)
-
-    def forget_later_metrics(self) -> None:
-        """Drop the log lines of steps that a kill undid."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= self.step)
-            write_atomically(path, lambda temporary: temporary.write_text(kept))
-
     def take_step(self) -> tuple[float, float]:
         """One optimizer step; returns its loss (mean over all processes) and gradient norm."""
         options, accelerator = self.options, self.accelerator
@@ -233,8 +221,7 @@ class Trainer:
             self.accelerator.print(f"{processes} processes, {self.part} images each at a time", flush=True)
         if main:
             remove_unfinished(self.folder)
-            self.forget_later_metrics()
-            self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1)
+            self.log = RunLog(self.folder, self.step)
         self.runnable.train()
         steps, seconds = 0, 0.0
         # disable=None hides the bar where stderr is no terminal.
@@ -252,7 +239,7 @@ class Trainer:
                     steps, seconds = 0, 0.0
                     bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.2f}")
                     lr = learning_rate(options, self.step - 1)
-                    self.log(loss=loss, norm=norm, lr=lr, images_per_second=round(rate, 2))
+                    self.log.numbers(self.step, loss=loss, norm=norm, lr=lr, images_per_second=round(rate, 2))
                 if self.validate and self.due(options.validate_every):
                     self.report(loss, bar)
                 if self.sample and self.due(options.sample_every):
@@ -260,7 +247,7 @@ class Trainer:
                 if self.due(options.save_every):
                     self.save()
         if main:
-            self.writer.close()
+            self.log.close()
         self.accelerator.wait_for_everyone()
         return self.averaged
 
@@ -278,13 +265,18 @@ class Trainer:
         with self.averaged_at_hand() as averaged:
             return float(self.validate(averaged))
 
+    def facts(self, validation_loss: float | None = None) -> dict[str, Any]:
+        """What the averaged weights are saved with; without a validation loss it is taken now."""
+        loss = self.validation_loss() if validation_loss is None else validation_loss
+        return self.about | {"step": self.step, "training": self.notes, "validation_loss": loss}
+
     def report(self, training_loss: float, bar: tqdm) -> None:
         """Log how good the averaged model is; beside a bar that is not shown, print it."""
         loss, measured = self.validation_loss(), {}
         if self.measure:
             with self.averaged_at_hand() as averaged:
                 measured = dict(self.measure(averaged))
-        self.log(validation_loss=loss, **measured)
+        self.log.numbers(self.step, validation_loss=loss, **measured)
         self.keep_best(loss)
         if bar.disable:
             shown = {"loss": training_loss, "validation loss": loss} | measured
@@ -295,12 +287,10 @@ class Trainer:
         """Write the averaged weights as `best.safetensors` if this validation loss is the lowest."""
         if loss < self.best:
             self.best = loss
-            about = self.about | {"step": self.step, "training": self.notes, "validation_loss": loss}
-            save_tensors(self.folder / "best.safetensors", self.averaged.state_dict(), about)
+            save_tensors(self.folder / "best.safetensors", self.averaged.state_dict(), self.facts(loss))
 
     def draw_samples(self) -> None:
-        """Write a picture of samples from the averaged model, as a PNG and to TensorBoard."""
+        """Log a picture of samples from the averaged model."""
         with self.averaged_at_hand() as averaged:
             picture = self.sample(averaged)
-        save_png(self.folder / f"samples_{self.step:08d}.png", picture)
-        self.writer.add_image("samples", picture, self.step)
+        self.log.picture(self.step, picture)

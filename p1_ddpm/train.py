@@ -34,7 +34,7 @@ from common.losses import diffusion_loss
 from common.runtime import seeded_generator
 from common.sampling import ImageNoise, draw, guided
 from common.schedule import PREDICTIONS, SCHEDULES, NoiseSchedule
-from common.training import Batch, Trainer
+from common.training import Batch, Trainer, loss_of
 from common.training_options import add_training_arguments, training_options
 from p1_ddpm.digits import DOMAINS, LAYOUTS, joint_label, of_layout, read_digits
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
@@ -252,10 +252,6 @@ def main(args) -> Path:
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         return diffusion_loss(model, batch, schedule, args.prediction, args.min_snr_gamma)
 
-    def validate(averaged: nn.Module) -> Tensor:
-        device = next(averaged.parameters()).device
-        return loss_fn(averaged, {name: t.to(device) for name, t in validation_batch.items()})
-
     def sample(averaged: nn.Module) -> Tensor:
         return sample_grid(averaged, shown, len(shown) // len(sets), args.image_size, schedule, args.prediction)
 
@@ -275,12 +271,12 @@ def main(args) -> Path:
     model = ContextUNet(config)
     if args.init:
         start_from(model, args.init, about)
+    validate = loss_of(validation_batch, loss_fn)
     trainer = Trainer(model, options, args.out, about, batches, loss_fn, validate, sample, notes)
     averaged = trainer.run()
     path = args.out / "model.safetensors"
     if trainer.accelerator.is_main_process:
-        facts = {"step": trainer.step, "training": trainer.notes, "validation_loss": trainer.validation_loss()}
-        save_tensors(path, half(averaged.state_dict()), about | facts)
+        save_tensors(path, half(averaged.state_dict()), trainer.facts())
     trainer.accelerator.end_training()
     return path
 

@@ -31,7 +31,7 @@ from common.losses import diffusion_loss
 from common.runtime import seeded_generator
 from common.sampling import ImageNoise, draw
 from common.schedule import PREDICTIONS, SCHEDULES, NoiseSchedule
-from common.training import Batch, Trainer
+from common.training import Batch, Trainer, loss_of
 from common.training_options import add_training_arguments, training_options
 from p2_ddim.model import FaceUNet, FaceUNetConfig
 
@@ -144,10 +144,6 @@ def main(args) -> Path:
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         return diffusion_loss(model, batch, schedule, args.prediction, args.min_snr_gamma)
 
-    def validate(averaged: nn.Module) -> Tensor:
-        device = next(averaged.parameters()).device
-        return loss_fn(averaged, {name: t.to(device) for name, t in validation_batch.items()})
-
     def sample(averaged: nn.Module) -> Tensor:
         return sample_grid(averaged, 32, args.image_size, schedule, args.prediction)
 
@@ -159,12 +155,13 @@ def main(args) -> Path:
         "image_size": args.image_size,
     }
     torch.manual_seed(options.seed)
+    validate = loss_of(validation_batch, loss_fn)
     trainer = Trainer(FaceUNet(config), options, args.out, about, batches, loss_fn, validate, sample)
     averaged = trainer.run()
     path = args.out / "model.safetensors"
     if trainer.accelerator.is_main_process:
-        facts = {"step": trainer.step, "training": asdict(options), "validation_loss": trainer.validation_loss()}
-        save_tensors(path, half(averaged.state_dict()), about | facts)
+        save_tensors(path, half(averaged.state_dict()), trainer.facts())
+    trainer.accelerator.end_training()
     return path
 
 

@@ -18,7 +18,7 @@ from common.runtime import pick_device, seeded_generator
 from common.schedule import NoiseSchedule
 from common.stable_diffusion.base import Base, load_part, save_base
 from common.stable_diffusion.drawing import called_with_context, draw_prompts
-from common.training import Batch, Trainer
+from common.training import Batch, Trainer, loss_of
 from common.training_options import TrainingOptions
 from p3_controlnet.cache import encode_pairs
 from p3_controlnet.miniature import make_unet
@@ -75,9 +75,6 @@ def train_unet(args: argparse.Namespace, options: TrainingOptions, train: Pictur
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         return diffusion_loss(called_with_context(model), batch, base.schedule, base.prediction, args.min_snr_gamma)
 
-    def validate(averaged: nn.Module) -> Tensor:
-        return loss_fn(averaged, {name: tensor.to(device) for name, tensor in validation_batch.items()})
-
     prompts = [pair.prompt for pair in held_out.pairs]
 
     def drawn(averaged: nn.Module, count: int, steps: int) -> Tensor:
@@ -89,6 +86,7 @@ def train_unet(args: argparse.Namespace, options: TrainingOptions, train: Pictur
 
     about = {"kind": "UNet2DConditionModel", "config": json.loads(unet.to_json_string())}
     notes = {"prompt_drop": args.prompt_drop, "min_snr_gamma": args.min_snr_gamma}
+    validate = loss_of(validation_batch, loss_fn)
     trainer = Trainer(unet, options, run, about, make_batch, loss_fn, validate, sample, notes)
     averaged = trainer.run()
     if trainer.accelerator.is_main_process:

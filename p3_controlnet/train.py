@@ -263,8 +263,7 @@ def main(args) -> Path | Mapping[str, Any]:
     averaged = trainer.run()
     folder = args.out / "controlnet"
     if trainer.accelerator.is_main_process:
-        facts = {"step": trainer.step, "training": trainer.notes, "validation_loss": trainer.validation_loss()}
-        averaged.save(folder, about | facts | {"guidance_scale": args.guidance_scale})
+        averaged.save(folder, trainer.facts() | {"guidance_scale": args.guidance_scale})
     trainer.accelerator.end_training()
     return folder
 

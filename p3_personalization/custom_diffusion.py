@@ -232,9 +232,7 @@ def main(args) -> Path:
     learned = trainer.run()
     path = args.out / "custom.safetensors"
     if trainer.accelerator.is_main_process:
-        facts = {"step": trainer.step, "training": trainer.notes, "validation_loss": trainer.validation_loss()}
-        words, matrices = learned.words(concepts.vectors), learned.unet_weights()
-        save_custom(path, base, words, matrices, about | facts)
+        save_custom(path, base, learned.words(concepts.vectors), learned.unet_weights(), trainer.facts())
         print(f"{path}: {', '.join(concepts.vectors)} and {len(matrices)} matrices")
     trainer.accelerator.end_training()
     return path

@@ -202,8 +202,7 @@ def main(args) -> Path:
     learned = trainer.run()
     path = args.out / "words.safetensors"
     if trainer.accelerator.is_main_process:
-        facts = {"step": trainer.step, "training": trainer.notes, "validation_loss": trainer.validation_loss()}
-        save_words(path, learned.words(concepts.vectors), about | facts)
+        save_words(path, learned.words(concepts.vectors), trainer.facts())
         print(f"{path}: {', '.join(concepts.vectors)}")
     trainer.accelerator.end_training()
     return path
