@@ -1,36 +1,65 @@
-"""One kind of error for everything a user can mend, and the way it reaches them."""
+"""How programs talk to their users: the help, what can be mended, and --quiet."""
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.progress import silenced
 
 
 class UserError(Exception):
     """A problem the user can mend; its text is one line that names the file or value and the mend."""
 
 
+def shown(default: Any) -> str:
+    """A flag's default as one would type it: paths inside the present folder as seen from there."""
+    if isinstance(default, list | tuple):
+        return " ".join(map(shown, default))
+    if isinstance(default, Path) and default.is_relative_to(Path.cwd()):
+        return os.path.relpath(default)
+    return str(default)
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the description as it is laid out, and the defaults of all flags that have one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, ()) else super()._get_help_string(action)
+        plain_switch = action.const is True and action.default is False
+        if action.default in (None, (), []) or plain_switch:
+            return action.help
+        return (super()._get_help_string(action) or "").replace("%(default)s", shown(action.default).replace("%", "%%"))
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows defaults in `--help` and complains in one line."""
+    """An argument parser that shows defaults in `--help`, complains in one line, and knows `--quiet`."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, **options)
+        self._optionals.title = "general"
+        # Without a default, so that a subcommand does not take back what was said before it.
+        self.add_argument(
+            "--quiet",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="say nothing of the progress and of what was written; results, warnings and errors remain",
+        )
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
 def run(main: Callable, args: argparse.Namespace) -> None:
-    """Call `main(args)`; a `UserError` or a full disk becomes one line on stderr and exit code 2."""
+    """Call `main(args)`, in silence if it says `--quiet`.
+
+    A `UserError` or a full disk becomes one line on stderr and exit code 2.
+    """
     try:
-        main(args)
+        with silenced(getattr(args, "quiet", False)):
+            main(args)
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import Parser, UserError, run
+from common.progress import say, silenced
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from p1_ddpm.sample import WEIGHTS as DIGIT_WEIGHTS
 from p2_ddim.sample import WEIGHTS as FACE_WEIGHTS
@@ -40,9 +41,9 @@ POLICY = (
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="app.py", description=__doc__)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on")
-    parser.add_argument("--quiet", action="store_true", help="say nothing")
+    address = parser.add_argument_group("address")
+    address.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in")
+    address.add_argument("--port", type=int, default=7860, help="port to listen on")
     weights = parser.add_argument_group("weights")
     weights.add_argument("--digit-weights", type=Path, default=DIGIT_WEIGHTS, help="of p1_ddpm/train.py")
     weights.add_argument(
@@ -55,8 +56,9 @@ def parse_arguments(argv: list[str] | None = None):
     weights.add_argument(
         "--words", type=Path, nargs="+", metavar="FILE", help="learned words (default: the base's own)"
     )
-    weights.add_argument("--precision", choices=PRECISIONS, default="auto", help="of all networks but the faces'")
-    weights.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--precision", choices=PRECISIONS, default="auto", help="of all networks but the faces'")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser.parse_args(argv)
 
 
@@ -149,10 +151,10 @@ def main(args) -> None:
     if not is_loopback(args.host):
         print(f"warning: everyone who reaches {args.host} can draw here", file=sys.stderr)
     page = start(args)
-    if not args.quiet:
-        print(f"The studio is at {page.local_url} (Ctrl+C stops it)", flush=True)
+    say(f"The studio is at {page.local_url} (Ctrl+C stops it)")
     try:
-        Event().wait()
+        with silenced():  # the progress of a drawing is shown in the page
+            Event().wait()
     except KeyboardInterrupt:
         page.close(verbose=False)
 
