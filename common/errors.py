@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
         self._optionals.title = "general"
         # Without a default, so that a subcommand does not take back what was said before it.
         self.add_argument(
+            "-q",
             "--quiet",
             action="store_true",
             default=argparse.SUPPRESS,

@@ -27,16 +27,21 @@ def silenced(silent: bool = True) -> Iterator[None]:
         _silent = before
 
 
+def speaks() -> bool:
+    """Whether anything is said now: of several processes that share a run only the first one speaks."""
+    return not _silent and os.environ.get("RANK", "0") == "0"
+
+
 def say(line: str) -> None:
     """Print what was done, or what is being done; not for results that were asked for."""
-    if not _silent:
+    if speaks():
         print(line, flush=True)
 
 
 class Progress:
     """How far a phase is: a bar where stderr is a terminal, else one line when it has taken `LONG` seconds.
 
-    A phase within a phase has a bar that goes when it ends, and no line. Of several processes the first one speaks.
+    A phase within a phase has a bar that goes when it ends, and no line.
 
     Args:
         total: units of work in all.
@@ -51,11 +56,10 @@ class Progress:
     def __init__(self, total: int, name: str, unit: str, done: int = 0):
         self.total, self.name, self.unit, self.done = total, name, unit, done
         self.n, self.started = done, perf_counter()
-        silent = _silent or os.environ.get("RANK", "0") != "0"
         self.bar = None
-        if not silent and sys.stderr.isatty():
+        if speaks() and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=done, desc=name, unit=unit, leave=None, delay=LONG, dynamic_ncols=True)
-        self.told = silent or self.bar is not None
+        self.told = not speaks() or self.bar is not None
 
     def __enter__(self) -> Self:
         _phases.append(self)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common.checkpoint import EMA_PREFIX, load_strictly, load_tensors, remove_unfinished, save_tensors
 from common.errors import UserError
 from common.images import check_output_folder
 from common.optimizing import PagedAdamW, average_model
+from common.progress import Progress, say
 from common.run_log import RunLog
 from common.runtime import pick_device, pick_precision, seeded_generator
 from common.training_options import TrainingOptions, learning_rate
@@ -168,7 +168,7 @@ class Trainer:
             for name, now in self.notes.items()
             if (before := about["training"].get(name)) != now
         ]
-        self.accelerator.print(f"resuming {path}", *(["with", ", ".join(changes)] if changes else []), flush=True)
+        say(f"resuming {path}{' with ' * bool(changes)}{', '.join(changes)}")
 
     def take_step(self) -> tuple[float, float]:
         """One optimizer step; returns its loss (mean over all processes) and gradient norm."""
@@ -218,30 +218,28 @@ class Trainer:
         """
         main, options = self.accelerator.is_main_process, self.options
         if (processes := self.accelerator.num_processes) > 1:
-            self.accelerator.print(f"{processes} processes, {self.part} images each at a time", flush=True)
+            say(f"{processes} processes, {self.part} images each at a time")
         if main:
             remove_unfinished(self.folder)
             self.log = RunLog(self.folder, self.step)
         self.runnable.train()
         steps, seconds = 0, 0.0
-        # disable=None hides the bar where stderr is no terminal.
-        bar = tqdm(total=options.steps, initial=self.step, desc="train", unit="step", disable=None if main else True)
-        with bar:
+        with Progress(options.steps, "train", "step", done=self.step) as phase:
             while self.step < options.steps:
                 started = perf_counter()
                 loss, norm = self.take_step()
                 steps, seconds = steps + 1, seconds + perf_counter() - started
-                bar.update()
+                phase.update()
                 if not main:
                     continue
                 if self.step % options.log_every == 0:
                     rate = steps * options.batch_size / seconds
                     steps, seconds = 0, 0.0
-                    bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.2f}")
+                    phase.note(loss=f"{loss:.4f}", norm=f"{norm:.2f}")
                     lr = learning_rate(options, self.step - 1)
                     self.log.numbers(self.step, loss=loss, norm=norm, lr=lr, images_per_second=round(rate, 2))
                 if self.validate and self.due(options.validate_every):
-                    self.report(loss, bar)
+                    self.report(loss, phase)
                 if self.sample and self.due(options.sample_every):
                     self.draw_samples()
                 if self.due(options.save_every):
@@ -270,7 +268,7 @@ class Trainer:
         loss = self.validation_loss() if validation_loss is None else validation_loss
         return self.about | {"step": self.step, "training": self.notes, "validation_loss": loss}
 
-    def report(self, training_loss: float, bar: tqdm) -> None:
+    def report(self, training_loss: float, phase: Progress) -> None:
         """Log how good the averaged model is; beside a bar that is not shown, print it."""
         loss, measured = self.validation_loss(), {}
         if self.measure:
@@ -278,10 +276,10 @@ class Trainer:
                 measured = dict(self.measure(averaged))
         self.log.numbers(self.step, validation_loss=loss, **measured)
         self.keep_best(loss)
-        if bar.disable:
+        if phase.bar is None:
             shown = {"loss": training_loss, "validation loss": loss} | measured
             line = ", ".join(f"{name.replace('_', ' ')} {number:.4f}" for name, number in shown.items())
-            print(f"step {self.step}: {line}", flush=True)
+            say(f"step {self.step}: {line}")
 
     def keep_best(self, loss: float) -> None:
         """Write the averaged weights as `best.safetensors` if this validation loss is the lowest."""

@@ -9,6 +9,8 @@ from typing import Any
 from common.errors import UserError
 from common.runtime import PRECISIONS
 
+FOR_LARGE = ("offload",)
+
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
     """A field of `TrainingOptions` that knows how to be a flag."""
@@ -40,10 +42,15 @@ class TrainingOptions:
     log_every: int = option(20, "steps between log lines")
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
-    """Add a flag for every field of `TrainingOptions`; `defaults` are this problem's own."""
+def add_training_arguments(parser: argparse.ArgumentParser, large: bool = False, **defaults) -> None:
+    """Add a flag for every field of `TrainingOptions`; `defaults` are this problem's own.
+
+    Flags that only a model needs that hardly fits a GPU are there where it is `large`.
+    """
     group = parser.add_argument_group("training")
     for item in fields(TrainingOptions):
+        if item.name in FOR_LARGE and not large:
+            continue
         facts = {"default": defaults.get(item.name, item.default), "help": item.metadata["help"]}
         if item.type is bool:
             facts["action"] = argparse.BooleanOptionalAction
@@ -58,7 +65,8 @@ def training_options(args: argparse.Namespace) -> TrainingOptions:
     Raises:
         UserError: a value is out of its range.
     """
-    options = TrainingOptions(**{item.name: getattr(args, item.name) for item in fields(TrainingOptions)})
+    given = {item.name: getattr(args, item.name) for item in fields(TrainingOptions) if hasattr(args, item.name)}
+    options = TrainingOptions(**given)
 
     def check(name: str, fine: bool, range_: str) -> None:
         if not fine:

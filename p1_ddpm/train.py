@@ -111,8 +111,9 @@ def sample_grid(
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="train.py", description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "p1", help="folder of the run")
-    parser.add_argument("--init", type=Path, help="weights to start from; a resumed run has its own")
+    files = parser.add_argument_group("run")
+    files.add_argument("--out", type=Path, default=ROOT / "runs" / "p1", help="folder of the run")
+    files.add_argument("--init", type=Path, help="weights to start from; a resumed run has its own")
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data", type=Path, default=ROOT / "hw2_data" / "digits", help="folder with mnistm/ and/or svhn/"

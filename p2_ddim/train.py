@@ -79,7 +79,9 @@ def sample_grid(model: nn.Module, count: int, size: int, schedule: NoiseSchedule
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="train.py", description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "p2", help="folder of the run")
+    parser.add_argument_group("run").add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "p2", help="folder of the run"
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, default=ROOT / "hw2_data" / "faces", help="folder of images")
     data.add_argument("--image-size", type=int, default=64, help="side to cut and resize the images to")

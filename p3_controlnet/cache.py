@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common.checkpoint import load_about, load_tensors, remove_unfinished, save_tensors
 from common.data import to_unit_range
 from common.errors import UserError
 from common.pairs import Pair, locate, read_hints
+from common.progress import progress
 from common.stable_diffusion.base import Base
 
 SHARD = 256  # rows
@@ -136,7 +136,7 @@ def sharded(
     starts = range(0, len(sources), SHARD)
     ranges = [slice(start, min(start + SHARD, len(sources))) for start in starts]
     if folder is None:
-        return Shards([encode(rows).to("cpu", torch.float16) for rows in ranges])
+        return Shards([encode(rows).to("cpu", torch.float16) for rows in progress(ranges, name, "shard")])
     paths = [folder / f"{name}_{k:05d}.safetensors" for k in range(len(ranges))]
     keys = [{"key": hashlib.sha256("\0".join([base_hash, *sources[rows]]).encode()).hexdigest()} for rows in ranges]
 
@@ -146,7 +146,7 @@ def sharded(
     absent = [k for k in range(len(paths)) if missing(k)]
     rank, count = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     # By number, since the others may see fewer missing than this process does.
-    for k in tqdm([k for k in absent if k % count == rank], desc=name, unit="shard", disable=None):
+    for k in progress([k for k in absent if k % count == rank], name, "shard"):
         save_tensors(paths[k], {name: encode(ranges[k])}, keys[k])
     for k in absent:
         while missing(k):  # no barrier: it would give up after minutes, and encoding takes longer

@@ -31,8 +31,9 @@ from common.stable_diffusion.single_file import cache_folder
 from common.training import Batch, Trainer
 from common.training_options import TrainingOptions, add_training_arguments, training_options
 from p3_controlnet.cache import Cache, encode_pairs
+from p3_controlnet.config import ControlNetConfig
 from p3_controlnet.dry_run import one_step
-from p3_controlnet.model import ControlNet, ControlNetConfig, check_fit
+from p3_controlnet.model import ControlNet, check_fit
 from p3_controlnet.pictures import HELD_OUT_EVERY, read_table
 from p3_controlnet.sample import BASE
 from p3_controlnet.unet import ControlledUNet, checkpoint_gradients
@@ -102,10 +103,11 @@ def control_loss(controlnet: nn.Module, base: Base, batch: Batch, gamma: float) 
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="train.py", description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "p3", help="folder of the run")
-    parser.add_argument("--base", type=Path, default=BASE, help="the frozen model: a file or diffusers folder")
-    parser.add_argument("--cache-dir", type=Path, default=cache_folder(), help="where a .ckpt is kept as safetensors")
-    parser.add_argument("--init", type=Path, metavar="FOLDER", help="ControlNet to start from (default: base's copy)")
+    files = parser.add_argument_group("run")
+    files.add_argument("--out", type=Path, default=ROOT / "runs" / "p3", help="folder of the run")
+    files.add_argument("--base", type=Path, default=BASE, help="the frozen model: a file or diffusers folder")
+    files.add_argument("--cache-dir", type=Path, default=cache_folder(), help="where a .ckpt is kept as safetensors")
+    files.add_argument("--init", type=Path, metavar="FOLDER", help="ControlNet to start from (default: base's copy)")
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data", type=Path, default=ROOT / "runs" / "fill50k", help="folder with prompt.json, source/ and target/"
@@ -126,20 +128,28 @@ def parse_arguments(argv: list[str] | None = None):
         default=0.0,
         help="loss weighting; 0 for none: flat colours are decided where it weighs least",
     )
-    parser.add_argument(
+    files.add_argument(
         "--guidance-scale",
         type=float,
         default=2.0,
         help="of pictures drawn meanwhile, and with the finished ControlNet",
     )
-    parser.add_argument(
+    model.add_argument(
         "--gradient-checkpointing", action="store_true", help="a third of the memory for activations, a third slower"
     )
-    parser.add_argument(
+    files.add_argument(
         "--dry-run", action="store_true", help="take one step, tell its time and memory, and write nothing into --out"
     )
     add_training_arguments(
-        parser, steps=4000, batch_size=64, lr=4e-4, ema=0.998, validate_every=200, sample_every=200, save_every=200
+        parser,
+        large=True,
+        steps=4000,
+        batch_size=64,
+        lr=4e-4,
+        ema=0.998,
+        validate_every=200,
+        sample_every=200,
+        save_every=200,
     )
     return parser.parse_args(argv)
 

@@ -37,15 +37,17 @@ def parse_arguments(argv: list[str] | None = None):
     for name, function in STAGES.items():
         about = function.__doc__.splitlines()[0]
         stage = stages.add_parser(name, prog=f"train_base.py {name}", description=about, help=about)
-        stage.add_argument("--data", type=Path, default=ROOT / "runs" / "fill50k", help="folder with prompt.json")
-        stage.add_argument("--out", type=Path, default=ROOT / "runs" / "p3_base", help="folder of the run")
+        files = stage.add_argument_group("run")
+        files.add_argument("--data", type=Path, default=ROOT / "runs" / "fill50k", help="folder with prompt.json")
+        files.add_argument("--out", type=Path, default=ROOT / "runs" / "p3_base", help="folder of the run")
+        loss = stage.add_argument_group("loss")
         if name == "vae":
-            stage.add_argument("--kl-weight", type=float, default=1e-4, help="of the latents' divergence")
+            loss.add_argument("--kl-weight", type=float, default=1e-4, help="of the latents' divergence")
         if name == "unet":
             # None, because flat colours are settled where there is hardly any signal yet: the weighting would all but
             # leave those steps out, and with them most of what there is to learn from the prompt.
-            stage.add_argument("--min-snr-gamma", type=float, default=0.0, help="loss weighting; 0 for none")
-            stage.add_argument("--prompt-drop", type=float, default=0.1, help="part of the prompts left out")
+            loss.add_argument("--min-snr-gamma", type=float, default=0.0, help="loss weighting; 0 for none")
+            loss.add_argument("--prompt-drop", type=float, default=0.1, help="part of the prompts left out")
         add_training_arguments(stage, **DEFAULTS[name])
     return parser.parse_args(argv)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from common.checkpoint import load_about, load_tensors, save_tensors
 from common.circles import random_scenes
 from common.errors import Parser, UserError, run
+from common.progress import say
 from common.images import grid
 from common.runtime import pick_device, seeded_generator
 from common.stable_diffusion.base import Base, load_base
@@ -171,8 +172,9 @@ def class_pictures(base: Base, prompts: Sequence[str], seed: int, guidance_scale
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="custom_diffusion.py", description=__doc__)
     add_concept_arguments(parser)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "p3_custom", help="folder of the run")
-    parser.add_argument("--show", nargs="+", default=[], metavar="TEXT", help="more prompts to draw meanwhile")
+    files = parser.add_argument_group("run")
+    files.add_argument("--out", type=Path, default=ROOT / "runs" / "p3_custom", help="folder of the run")
+    files.add_argument("--show", nargs="+", default=[], metavar="TEXT", help="more prompts to draw meanwhile")
     prior = parser.add_argument_group("prior preservation")
     prior.add_argument("--class-share", type=float, default=0.5, help="part of a batch that are the class's pictures")
     prior.add_argument("--class-images", type=int, default=100, help="how many the base draws, once")
@@ -233,7 +235,7 @@ def main(args) -> Path:
     path = args.out / "custom.safetensors"
     if trainer.accelerator.is_main_process:
         save_custom(path, base, learned.words(concepts.vectors), learned.unet_weights(), trainer.facts())
-        print(f"{path}: {', '.join(concepts.vectors)} and {len(matrices)} matrices")
+        say(f"{path}: {', '.join(concepts.vectors)} and {len(matrices)} matrices")
     trainer.accelerator.end_training()
     return path
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import Parser, UserError, run
+from common.progress import say
 from common.images import grid
 from common.runtime import pick_device, seeded_generator
 from common.stable_diffusion.base import Base, load_base
@@ -56,8 +57,9 @@ def add_concept_arguments(parser: Parser) -> None:
         "images", type=Path, nargs="*", default=[*STARTS], metavar="IMAGES",
         help="a folder of pictures for each word",
     )  # fmt: skip
-    parser.add_argument("--base", type=Path, default=BASE, help="the frozen model: a file or diffusers folder")
-    parser.add_argument("--cache-dir", type=Path, default=cache_folder(), help="where a .ckpt is kept as safetensors")
+    base = parser.add_argument_group("base")
+    base.add_argument("--base", type=Path, default=BASE, help="the frozen model: a file or diffusers folder")
+    base.add_argument("--cache-dir", type=Path, default=cache_folder(), help="where a .ckpt is kept as safetensors")
     words = parser.add_argument_group("words")
     words.add_argument("--token", nargs="+", metavar="TOKEN", help="a token a folder (default: <new1>, <new2>, ...)")
     words.add_argument(
@@ -75,7 +77,7 @@ def add_concept_arguments(parser: Parser) -> None:
     data.add_argument("--views", type=int, default=16, help="crops and mirror images a picture, encoded once")
     data.add_argument("--smallest-crop", type=float, default=0.8, help="side of the smallest part, of the picture's")
     data.add_argument("--flip", action=BooleanOptionalAction, default=True, help="mirror some views")
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="of pictures drawn meanwhile")
+    base.add_argument("--guidance-scale", type=float, default=2.0, help="of pictures drawn meanwhile")
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,9 @@ def notes_of(args) -> dict[str, Any]:
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="textual_inversion.py", description=__doc__)
     add_concept_arguments(parser)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "p3_words", help="folder of the run")
+    parser.add_argument_group("run").add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "p3_words", help="folder of the run"
+    )
     add_training_arguments(parser, **DEFAULTS)
     return parser.parse_args(argv)
 
@@ -203,7 +207,7 @@ def main(args) -> Path:
     path = args.out / "words.safetensors"
     if trainer.accelerator.is_main_process:
         save_words(path, learned.words(concepts.vectors), trainer.facts())
-        print(f"{path}: {', '.join(concepts.vectors)}")
+        say(f"{path}: {', '.join(concepts.vectors)}")
     trainer.accelerator.end_training()
     return path
 

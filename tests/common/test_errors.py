@@ -1,6 +1,7 @@
 """What a user can mend reaches them as one line and exit code 2; everything else keeps its traceback."""
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,24 @@ def test_parser_complains_in_one_line_and_shows_defaults(capsys):
     assert "how many (default: 50)" in shown
     assert "a file\n" in shown
     assert "\npython draw.py OUT\n" in shown
+
+
+def test_help_shows_defaults_as_one_would_type_them(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    parser = Parser(prog="draw.py")
+    parser.add_argument("--weights", nargs="+", default=[Path.cwd() / "weights" / "a.pt", Path("/b.pt")], help="files")
+    parser.add_argument("--sizes", nargs="+", default=[4, 8], help="of 100 %% of them")
+    parser.add_argument("--fast", action="store_true", help="or not")
+    parser.add_argument("--share", default="5%", help="part")
+    shown = " ".join(parser.format_help().split())
+    assert "files (default: weights/a.pt /b.pt)" in shown
+    assert "of 100 % of them (default: 4 8)" in shown
+    assert "part (default: 5%)" in shown
+    assert "or not (default" not in shown
+
+
+def test_quiet_may_stand_before_a_subcommand():
+    parser = Parser(prog="train.py")
+    parser.add_subparsers().add_parser("vae")
+    assert [parser.parse_args(argv).quiet for argv in (["-q", "vae"], ["vae", "--quiet"])] == [True, True]
+    assert not hasattr(parser.parse_args(["vae"]), "quiet")

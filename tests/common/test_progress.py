@@ -1,0 +1,123 @@
+"""Where stderr is no terminal a phase is one line, on a terminal a bar, and with --quiet nothing at all."""
+
+import argparse
+import sys
+
+import pytest
+
+from common import progress as module
+from common.errors import Parser, run
+from common.progress import Progress, progress, say, silenced
+
+
+class Terminal:
+    """What tqdm and `Progress` ask of a terminal, and all that is written to it."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return True
+
+
+def work(items=3):
+    """A phase with a phase inside each of its items."""
+    for item in progress(range(items), "figures", "figure"):
+        for _ in progress("ab", "faces", "step"):
+            pass
+        say(f"figure {item}")
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(module, "LONG", 0.0)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_phase_is_one_line_where_stderr_is_no_terminal(capsys):
+    work()
+    told = capsys.readouterr()
+    assert told.err == "figures: 3 figures\n"
+    assert told.out == "figure 0\nfigure 1\nfigure 2\n"
+
+
+def test_the_line_tells_how_long_it_will_take(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module, "perf_counter", lambda: now[0])
+    with Progress(12, "train", "step", done=2) as phase:
+        now[0] += 1.5
+        phase.update()
+        assert capsys.readouterr().err == ""
+        now[0] += 1.5
+        phase.update()
+        assert capsys.readouterr().err == "train: 12 steps, about 00:12 left\n"
+        now[0] += 60
+        phase.update(8)
+        assert phase.n == 12
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_over_soon_says_nothing(capsys):
+    for _ in progress(range(3), "faces", "step"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_terminal_shows_bars(monkeypatch, capsys):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(4, "faces", "step") as phase:
+        phase.note(loss="0.1")
+        phase.update(4)
+        phase.update(-1)  # a batch that is drawn again
+    assert phase.n == 3
+    assert "\rfaces" in terminal.text
+    assert "loss=0.1" in terminal.text
+    assert "faces: 4 steps" not in terminal.text
+
+
+@pytest.mark.usefixtures("at_once")
+def test_only_the_first_process_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    work()
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("terminal", [False, True])
+def test_quiet_silences_progress_and_nothing_else(terminal, monkeypatch, capsys):
+    if terminal:
+        monkeypatch.setattr(sys, "stderr", Terminal())
+
+    def main(args):
+        work()
+        print("a result")
+
+    run(main, Parser(prog="draw.py").parse_args(["--quiet"]))
+    assert capsys.readouterr() == ("a result\n", "")
+    assert not terminal or sys.stderr.text == ""
+    run(main, argparse.Namespace())
+    assert "figure 0\n" in capsys.readouterr().out
+
+
+def test_silence_ends_with_its_block_however_it_ends(capsys):
+    with silenced():
+        say("nothing")
+    with pytest.raises(KeyError), silenced():
+        raise KeyError
+    with silenced(False):
+        say("heard")
+    assert capsys.readouterr().out == "heard\n"
+
+
+def test_a_phase_that_fails_is_over(capsys):
+    with pytest.raises(KeyError), Progress(3, "faces", "step"):
+        raise KeyError
+    assert module._phases == []
