@@ -14,7 +14,8 @@ from common.checkpoint import half, save_tensors
 from common.errors import Parser, UserError, run
 from common.stable_diffusion.conversion import original_unet_names
 from common.stable_diffusion.weights_file import CONTROL
-from p3_controlnet.model import ControlNet, ControlNetConfig
+from p3_controlnet.config import ControlNetConfig
+from p3_controlnet.model import ControlNet
 
 LAYOUTS = ("original", "diffusers")
 # What a reader can tell from the shapes; all else is Stable Diffusion v1's in the original layout.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from common.data import shuffled_indices, to_unit_range
-from common.stable_diffusion.base import save_part
+from common.stable_diffusion.saving import save_part
 from common.training import Batch, Trainer
 from common.training_options import TrainingOptions
 from p3_controlnet.miniature import make_clip, make_image_processor, make_tokenizer

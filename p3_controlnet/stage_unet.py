@@ -16,8 +16,9 @@ from common.images import grid
 from common.losses import diffusion_loss
 from common.runtime import pick_device, seeded_generator
 from common.schedule import NoiseSchedule
-from common.stable_diffusion.base import Base, load_part, save_base
+from common.stable_diffusion.base import Base, load_part
 from common.stable_diffusion.drawing import called_with_context, draw_prompts
+from common.stable_diffusion.saving import save_base
 from common.training import Batch, Trainer, loss_of
 from common.training_options import TrainingOptions
 from p3_controlnet.cache import encode_pairs

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.colour import ciede2000, rgb_to_lab
 from common.data import shuffled_indices, to_unit_range
 from common.images import grid, to_uint8
-from common.stable_diffusion.base import save_part
+from common.stable_diffusion.saving import save_part
 from common.training import Batch, Trainer
 from common.training_options import TrainingOptions
 from p3_controlnet.miniature import SIZE, make_vae

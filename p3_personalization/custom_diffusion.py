@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from common.checkpoint import load_about, load_tensors, save_tensors
 from common.circles import random_scenes
 from common.errors import Parser, UserError, run
-from common.progress import say
 from common.images import grid
+from common.progress import say
 from common.runtime import pick_device, seeded_generator
 from common.stable_diffusion.base import Base, load_base
 from common.stable_diffusion.drawing import draw_prompts

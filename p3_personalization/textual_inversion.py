@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import Parser, UserError, run
-from common.progress import say
 from common.images import grid
+from common.progress import say
 from common.runtime import pick_device, seeded_generator
 from common.stable_diffusion.base import Base, load_base
 from common.stable_diffusion.drawing import draw_prompts

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from common.checkpoint import save_tensors
+from common.errors import run
 from common.schedule import NoiseSchedule
 from p1_ddpm.digits import DOMAINS
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
@@ -67,6 +68,23 @@ def tiny_digit_weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     save_tensors(path, model.state_dict(), about)
     return path
+
+
+@pytest.fixture
+def refusal(capsys):
+    """A function that runs a program which must refuse its arguments: the one line on stderr, without "error: "."""
+
+    def refused(main, args) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            run(main, args)
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error.removeprefix("error: ").rstrip("\n")
+
+    return refused
 
 
 @pytest.fixture

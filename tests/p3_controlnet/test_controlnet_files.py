@@ -15,7 +15,8 @@ from common.stable_diffusion.base import load_base
 from common.stable_diffusion.single_file import controlnet_part, controlnet_sizes
 from common.stable_diffusion.weights_file import WeightsFile
 from p3_controlnet import export, sample
-from p3_controlnet.model import ControlNet, ControlNetConfig, check_fit
+from p3_controlnet.config import ControlNetConfig
+from p3_controlnet.model import ControlNet, check_fit
 from tests.stable_diffusion import KEYS
 
 

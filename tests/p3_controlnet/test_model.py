@@ -8,7 +8,8 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 
 from common.checkpoint import load_about
 from common.errors import UserError
-from p3_controlnet.model import ControlNet, ControlNetConfig
+from p3_controlnet.config import ControlNetConfig
+from p3_controlnet.model import ControlNet
 
 HINT_CHANNELS = (4, 6, 8, 10)
 
@@ -25,7 +26,7 @@ def call_theirs(network, batch, **options):
 
 def test_the_default_is_stable_diffusions_controlnet():
     with torch.device("meta"):
-        ours, theirs = ControlNet(), ControlNetModel(cross_attention_dim=768)
+        ours, theirs = ControlNet(ControlNetConfig()), ControlNetModel(cross_attention_dim=768)
     shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     assert sum(shape.numel() for shape in shapes.values()) == 361_279_120

@@ -18,6 +18,7 @@ from p3_controlnet import fill50k, train
 from p3_controlnet.cache import encode_pairs
 from p3_controlnet.model import ControlNet
 from p3_controlnet.watch import Watch
+from tests.training import killed_at, same_files, spied_on, touched
 
 SMALL = [
     *("--hint-channels", "4", "6", "8", "10", "--batch-size", "4", "--steps", "6", "--warmup", "1", "--lr", "1e-2"),
@@ -79,48 +80,20 @@ def test_a_run_leaves_a_controlnet_and_tells_what_moves(finished, pipeline_folde
 
 
 def test_only_the_controlnet_is_trained_and_the_base_stays_as_it_is(call, pipeline_folder, tmp_path, monkeypatch):
-    seen = {}
-
-    def remember(*arguments, **options):
-        seen["base"] = load_base(*arguments, **options)
-        return seen["base"]
-
-    init = Trainer.__init__
-
-    def watch(trainer, *arguments, **options):
-        init(trainer, *arguments, **options)
-        seen["trainer"] = trainer
-
-    monkeypatch.setattr(train, "load_base", remember)
-    monkeypatch.setattr(Trainer, "__init__", watch)
+    seen = spied_on(monkeypatch, train)
     call(tmp_path / "run", "--steps", "2")
-    fresh = load_base(pipeline_folder)
-    for part in ("vae", "text_encoder", "unet"):
-        for name, tensor in getattr(fresh, part).state_dict().items():
-            assert torch.equal(tensor, getattr(seen["base"], part).state_dict()[name]), (part, name)
-        assert all(p.grad is None for p in getattr(seen["base"], part).parameters())
-        assert not getattr(seen["base"], part).training
-    optimized = {id(p) for group in seen["trainer"].raw_optimizer.param_groups for p in group["params"]}
-    assert optimized == {id(p) for p in seen["trainer"].model.parameters()}
+    assert touched(seen.base, pipeline_folder) == []
+    assert not any(part.training for part in (seen.base.vae, seen.base.text_encoder, seen.base.unet))
+    optimized = {id(p) for group in seen.trainer.raw_optimizer.param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in seen.trainer.model.parameters()}
 
 
-def test_a_killed_run_ends_like_an_undisturbed_one(call, finished, tmp_path, monkeypatch):
-    whole = Trainer.take_step
-
-    def killed(trainer):
-        if trainer.step == 4:
-            raise KeyboardInterrupt
-        return whole(trainer)
-
-    monkeypatch.setattr(Trainer, "take_step", killed)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_killed_run_ends_like_an_undisturbed_one(call, finished, tmp_path):
+    with killed_at(4):
         call(tmp_path / "run")
-    monkeypatch.undo()
     call(tmp_path / "run")
-    state, _ = load_tensors(tmp_path / "run" / "state_00000006.safetensors")
-    expected, _ = load_tensors(finished / "state_00000006.safetensors")
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], expected[name]) for name in state)
+    state = "state_00000006.safetensors"
+    assert same_files(tmp_path / "run" / state, finished / state)
 
 
 def test_training_goes_on_from_an_earlier_controlnet(call, finished, tmp_path):

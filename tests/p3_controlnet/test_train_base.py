@@ -1,6 +1,5 @@
 """The miniature's three stages, with still smaller parts: what each leaves, resume, bad input."""
 
-import json
 import shutil
 from functools import partial
 
@@ -14,10 +13,10 @@ from common.checkpoint import load_tensors
 from common.data import to_unit_range
 from common.errors import UserError
 from common.stable_diffusion.base import load_base
-from common.training import Trainer
 from p3_controlnet import fill50k, miniature, stage_clip, stage_unet, stage_vae
 from p3_controlnet.pictures import read_pictures
 from p3_controlnet.train_base import main, parse_arguments
+from tests.training import killed_at, metrics, same_files
 
 SMALL = [
     *("--batch-size", "4", "--steps", "4", "--warmup", "2", "--lr", "2e-3", "--precision", "fp32", "--device", "cpu"),
@@ -47,12 +46,6 @@ def smaller():
 
 def train(stage, data, out, *flags):
     return main(parse_arguments([stage, "--data", str(data), "--out", str(out), *SMALL, *flags]))
-
-
-def metrics(folder):
-    """The log without its timings."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -109,27 +102,15 @@ def test_the_scaling_factor_makes_latents_of_unit_variance(finished, data):
     assert latents.std().item() == pytest.approx(1, abs=0.01)
 
 
-def test_resumed_stages_take_the_same_steps(finished, data, tmp_path, monkeypatch):
+def test_resumed_stages_take_the_same_steps(finished, data, tmp_path):
     """In every bit; the kill comes a step after the last save."""
-    whole_step = Trainer.take_step
-
-    def killed(trainer):
-        if trainer.step == 3:
-            raise KeyboardInterrupt
-        return whole_step(trainer)
-
     for stage in ("vae", "clip", "unet"):
-        monkeypatch.setattr(Trainer, "take_step", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with killed_at(3):
             train(stage, data, tmp_path)
-        monkeypatch.setattr(Trainer, "take_step", whole_step)
         train(stage, data, tmp_path)
-        assert metrics(tmp_path / "stages" / stage) == metrics(finished / "stages" / stage)
-        one, other = (
-            load_tensors(out / "stages" / stage / "state_00000004.safetensors")[0] for out in (tmp_path, finished)
-        )
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        one, other = (out / "stages" / stage for out in (tmp_path, finished))
+        assert metrics(one) == metrics(other)
+        assert same_files(one / "state_00000004.safetensors", other / "state_00000004.safetensors")
     for name in ("vae/diffusion_pytorch_model", "text_encoder/model", "unet/diffusion_pytorch_model"):
         file = f"pipeline/{name}.safetensors"
         assert (tmp_path / file).read_bytes() == (finished / file).read_bytes()

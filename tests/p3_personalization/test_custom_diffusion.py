@@ -25,6 +25,7 @@ from p3_personalization.custom_diffusion import (
     with_matrices,
 )
 from p3_personalization.words import load_words
+from tests.training import killed_at, same_files, spied_on, touched
 
 SMALL = [
     *("--steps", "4", "--batch-size", "4", "--warmup", "1", "--lr", "0.02", "--initialiser", "r", "--views", "2"),
@@ -145,29 +146,12 @@ def test_a_run_leaves_words_and_matrices(call, base, tmp_path):
         assert picture.size == (4 * 66 + 2, 66 + 2)
 
 
-def test_only_words_and_matrices_are_trained_and_the_base_stays_as_it_is(call, pipeline_folder, monkeypatch):
-    seen = {}
-
-    def remember(*arguments, **options):
-        seen["base"] = load_base(*arguments, **options)
-        return seen["base"]
-
-    init = Trainer.__init__
-
-    def watch(trainer, *arguments, **options):
-        init(trainer, *arguments, **options)
-        seen["trainer"] = trainer
-
-    monkeypatch.setattr(custom_diffusion, "load_base", remember)
-    monkeypatch.setattr(Trainer, "__init__", watch)
+def test_only_words_and_matrices_are_trained_and_the_base_stays_as_it_is(call, base, pipeline_folder, monkeypatch):
+    seen = spied_on(monkeypatch, custom_diffusion)
     call("--steps", "2")
-    fresh = load_base(pipeline_folder)
-    for part in ("vae", "text_encoder", "unet"):
-        for name, tensor in getattr(fresh, part).state_dict().items():
-            assert torch.equal(tensor, getattr(seen["base"], part).state_dict()[name]), (part, name)
-        assert all(p.grad is None for p in getattr(seen["base"], part).parameters())
-    trained = [tuple(p.shape) for group in seen["trainer"].raw_optimizer.param_groups for p in group["params"]]
-    matrices = [tuple(fresh.unet.get_parameter(name).shape) for name in matrix_names(fresh.unet)]
+    assert touched(seen.base, pipeline_folder) == []
+    trained = [tuple(p.shape) for group in seen.trainer.raw_optimizer.param_groups for p in group["params"]]
+    matrices = [tuple(base.unet.get_parameter(name).shape) for name in matrix_names(base.unet)]
     assert sorted(trained) == sorted([(2, 16), *matrices])
 
 
@@ -205,24 +189,11 @@ def test_without_prior_preservation_no_class_is_drawn(photos, pipeline_folder, t
     assert not (tmp_path / "run" / "class.safetensors").exists()
 
 
-def test_a_killed_run_ends_like_an_undisturbed_one(call, arguments, tmp_path, monkeypatch):
-    expected = load_tensors(main(parse_arguments([*arguments, "--out", str(tmp_path / "whole")])))[0]
-    whole = Trainer.take_step
-
-    def killed(trainer):
-        if trainer.step == 3:
-            raise KeyboardInterrupt
-        return whole(trainer)
-
-    monkeypatch.setattr(Trainer, "take_step", killed)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_killed_run_ends_like_an_undisturbed_one(call, arguments, tmp_path):
+    whole = main(parse_arguments([*arguments, "--out", str(tmp_path / "whole")]))
+    with killed_at(3):
         call()
-    monkeypatch.undo()
-    monkeypatch.setattr(custom_diffusion, "STEPS", 2)
-    monkeypatch.setattr(custom_diffusion, "CLASS_STEPS", 2)
-    resumed = load_tensors(call())[0]
-    assert resumed.keys() == expected.keys()
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+    assert same_files(call(), whole)
 
 
 def test_the_validation_loss_falls(call, tmp_path):
@@ -282,10 +253,9 @@ def test_its_file_is_no_words_file(custom_file):
         (["--vectors", "0"], "--vectors 0: must be at least 1"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_written(call, tmp_path, flags, complaint):
-    with pytest.raises(UserError) as caught:
-        call(*flags)
-    assert str(caught.value).startswith(complaint)
+def test_bad_arguments_are_refused_before_anything_is_written(arguments, tmp_path, refusal, flags, complaint):
+    args = parse_arguments([*arguments, "--out", str(tmp_path / "run"), *flags])
+    assert refusal(main, args).startswith(complaint)
     assert not (tmp_path / "run").exists()
 
 

@@ -10,11 +10,12 @@ from PIL import Image
 
 from common.checkpoint import load_about, load_tensors
 from common.errors import UserError
-from common.stable_diffusion.base import load_base, quiet, save_base
-from common.training import Trainer
+from common.stable_diffusion.base import load_base, quiet
+from common.stable_diffusion.saving import save_base
 from p3_personalization import textual_inversion
 from p3_personalization.textual_inversion import main, parse_arguments
 from p3_personalization.words import add_words, load_words
+from tests.training import killed_at, same_files, spied_on, touched
 
 SMALL = [
     *("--steps", "6", "--batch-size", "4", "--warmup", "1", "--lr", "0.05", "--initialiser", "r", "--views", "3"),
@@ -83,27 +84,10 @@ def test_every_other_row_of_the_table_is_bit_identical_after_training(finished, 
 
 
 def test_only_the_new_rows_are_trained_and_the_base_stays_as_it_is(call, pipeline_folder, monkeypatch):
-    seen = {}
-
-    def remember(*arguments, **options):
-        seen["base"] = load_base(*arguments, **options)
-        return seen["base"]
-
-    init = Trainer.__init__
-
-    def watch(trainer, *arguments, **options):
-        init(trainer, *arguments, **options)
-        seen["trainer"] = trainer
-
-    monkeypatch.setattr(textual_inversion, "load_base", remember)
-    monkeypatch.setattr(Trainer, "__init__", watch)
+    seen = spied_on(monkeypatch, textual_inversion)
     call("--steps", "2")
-    fresh = load_base(pipeline_folder)
-    for part in ("vae", "text_encoder", "unet"):
-        for name, tensor in getattr(fresh, part).state_dict().items():
-            assert torch.equal(tensor, getattr(seen["base"], part).state_dict()[name]), (part, name)
-        assert all(p.grad is None for p in getattr(seen["base"], part).parameters())
-    trained = [p for group in seen["trainer"].raw_optimizer.param_groups for p in group["params"]]
+    assert touched(seen.base, pipeline_folder) == []
+    trained = [p for group in seen.trainer.raw_optimizer.param_groups for p in group["params"]]
     assert [tuple(p.shape) for p in trained] == [(2, 16)]
 
 
@@ -118,21 +102,11 @@ def test_the_validation_loss_falls(call, tmp_path):
     assert list(first) == ["rows"]
 
 
-def test_a_killed_run_ends_like_an_undisturbed_one(call, finished, tmp_path, monkeypatch):
-    whole = Trainer.take_step
-
-    def killed(trainer):
-        if trainer.step == 4:
-            raise KeyboardInterrupt
-        return whole(trainer)
-
-    monkeypatch.setattr(Trainer, "take_step", killed)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_killed_run_ends_like_an_undisturbed_one(call, finished, tmp_path):
+    with killed_at(4):
         call("--vectors", "2")
     assert not (tmp_path / "run" / "words.safetensors").exists()
-    monkeypatch.undo()
-    resumed, expected = load_words(call("--vectors", "2")), load_words(finished / "words.safetensors")
-    assert all(torch.equal(resumed[token], rows) for token, rows in expected.items())
+    assert same_files(call("--vectors", "2"), finished / "words.safetensors")
 
 
 def test_diffusers_reads_one_words_file(photos, arguments, pipeline_folder, tmp_path):
@@ -164,11 +138,9 @@ def test_diffusers_reads_one_words_file(photos, arguments, pipeline_folder, tmp_
         (["--base", "nowhere"], "nowhere: no such file or folder; name a Stable Diffusion v1"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_written(call, tmp_path, flags, complaint):
-    with pytest.raises(UserError) as caught:
-        call(*flags)
-    assert str(caught.value).startswith(complaint)
-    assert "\n" not in str(caught.value)
+def test_bad_arguments_are_refused_before_anything_is_written(arguments, tmp_path, refusal, flags, complaint):
+    args = parse_arguments([*arguments, "--out", str(tmp_path / "run"), *flags])
+    assert refusal(main, args).startswith(complaint)
     assert not (tmp_path / "run").exists()
 
 
@@ -178,11 +150,11 @@ def test_words_to_start_from_are_known_for_the_miniatures_concepts_alone(photos)
         textual_inversion.initialisers_of(parse_arguments([str(photos / "0")]))
 
 
-def test_a_token_of_the_base_is_refused(arguments, finished, pipeline_folder, tmp_path):
+def test_a_token_of_the_base_is_refused(arguments, finished, pipeline_folder, tmp_path, refusal):
     save_base(tmp_path / "base", add_words(load_base(pipeline_folder), load_words(finished / "words.safetensors")))
     flags = ["--base", str(tmp_path / "base"), "--out", str(tmp_path / "run")]
-    with pytest.raises(UserError, match=r"^token '<new1>': exists already; choose another$"):
-        main(parse_arguments([*arguments, *flags]))
+    assert refusal(main, parse_arguments([*arguments, *flags])) == "token '<new1>': exists already; choose another"
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_runs_states_are_refused(call, finished, tmp_path):

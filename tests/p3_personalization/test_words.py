@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from common.errors import UserError
-from common.stable_diffusion.base import load_base, load_part, quiet, save_base
+from common.stable_diffusion.base import load_base, load_part, quiet
+from common.stable_diffusion.saving import save_base
 from common.stable_diffusion.single_file import SD_V1, configuration
 from p3_personalization.words import (
     add_words,

@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from common.stable_diffusion.base import load_base, read_schedule, save_base, save_part
+from common.stable_diffusion.base import load_base, read_schedule
+from common.stable_diffusion.saving import save_base, save_part
 
 PROMPTS = ["red circle with blue background", "", "Two GOLD circles!"]
 

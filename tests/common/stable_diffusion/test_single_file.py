@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from common.errors import UserError
-from common.stable_diffusion.base import load_base, save_base
+from common.stable_diffusion.base import load_base
+from common.stable_diffusion.saving import save_base
 from common.stable_diffusion.single_file import SD_V1, cache_folder, empty_models
 from common.stable_diffusion.weights_file import WeightsFile
 from tests.stable_diffusion import KEYS
