@@ -4,7 +4,6 @@ python evaluate.py OUT GT
 python evaluate.py        # what hw2_2.sh draws by default, and the ground truth that comes with the project
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,10 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from common.checkpoint import write_atomically
 from common.data import read_image
 from common.errors import Parser, UserError, run
-from common.images import check_output_folder
+from common.results import add_json_argument, check_json, write_json
 from p2_ddim.sample import EXAMPLES, OUTPUT
 
 
@@ -59,7 +57,7 @@ def parse_arguments(argv: list[str] | None = None):
     parser.add_argument(
         "truth", type=Path, nargs="?", default=EXAMPLES / "GT", metavar="GT", help="folder of the ground truth"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    add_json_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -69,14 +67,12 @@ def main(args) -> dict[str, float]:
     Raises:
         UserError: as `squared_errors`, or a file that cannot be written.
     """
-    if args.json:
-        check_output_folder(args.json.parent)
+    check_json(args.json)
     errors = squared_errors(args.out, args.truth)
     errors["mean"] = sum(errors.values()) / len(errors)
     for name, error in errors.items():
         print(f"{name:<12} {error:9.4f}")
-    if args.json:
-        write_atomically(args.json, lambda temporary: temporary.write_text(json.dumps(errors, indent=1) + "\n"))
+    write_json(args.json, errors)
     return errors
 
 

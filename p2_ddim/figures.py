@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.errors import Parser, UserError, run
 from common.images import captioned, grid, save_gif, save_png, staged
+from common.progress import progress, say
 from p2_ddim.interpolate import draw_interpolations, enlargement, walk
 from p2_ddim.noise import Noise, named, random_noises
 from p2_ddim.sample import (
@@ -52,9 +53,10 @@ def random_faces(sampler: FaceSampler, count: int, options: DDIMOptions, batch_s
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="figures.py", description=__doc__)
     add_source_arguments(parser, HERE.parent / "outputs" / "p2_figures")
-    parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="which figures")
-    parser.add_argument("--faces", type=int, default=100, help="random faces")
-    parser.add_argument("--frames", type=int, default=12, help="frames of the GIF from each noise to the next")
+    figures = parser.add_argument_group("figures")
+    figures.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="which figures")
+    figures.add_argument("--faces", type=int, default=100, help="random faces")
+    figures.add_argument("--frames", type=int, default=12, help="frames of the GIF from each noise to the next")
     add_sampling_arguments(parser)
     return parser.parse_args(argv)
 
@@ -72,16 +74,17 @@ def main(args) -> list[Path]:
     noises = noises_for(sampler, args.noise)
     shown = named(noises, SHOWN)
     with staged(args.out) as stage:
-        if "eta" in args.only:
-            save_png(stage / "eta.png", eta_grid(sampler, shown, options, args.batch_size))
-        if "strips" in args.only:
-            draw_interpolations(stage, sampler, *shown[:2], options, args.batch_size)
-        if "walk" in args.only:
-            save_gif(stage / "walk.gif", walk(sampler, noises, args.frames, options, args.batch_size), hold=100)
-        if "faces" in args.only:
-            save_png(stage / "faces.png", random_faces(sampler, args.faces, options, args.batch_size))
+        for figure in progress([name for name in FIGURES if name in args.only], "figures", "figure"):
+            if figure == "eta":
+                save_png(stage / "eta.png", eta_grid(sampler, shown, options, args.batch_size))
+            elif figure == "strips":
+                draw_interpolations(stage, sampler, *shown[:2], options, args.batch_size)
+            elif figure == "walk":
+                save_gif(stage / "walk.gif", walk(sampler, noises, args.frames, options, args.batch_size), hold=100)
+            else:
+                save_png(stage / "faces.png", random_faces(sampler, args.faces, options, args.batch_size))
         names = sorted(path.name for path in stage.iterdir())
-    print(f"{', '.join(names)} in {args.out}")
+    say(f"{', '.join(names)} in {args.out}")
     return [args.out / name for name in names]
 
 

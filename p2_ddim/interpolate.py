@@ -1,6 +1,7 @@
 """Draw the faces between two noises, along the sphere (slerp) and along the straight line (lerp).
 
 python interpolate.py --between 00 01        # two strips of eleven, and a plot of how long the noises are
+python interpolate.py --json lengths.json    # and the lengths themselves
 python interpolate.py --walk                 # a GIF that walks through all noises and back to the first
 
 Gaussian noise of D values has length sqrt(D), almost exactly. Slerp keeps that length; lerp cuts through the sphere,
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from common.errors import Parser, UserError, run
 from common.images import captioned, grid, save_gif, save_png, staged
+from common.progress import say
+from common.results import add_json_argument, check_json, write_json
 from common.runtime import seeded_generator
 from p2_ddim.noise import Noise, named
 from p2_ddim.sample import (
@@ -102,6 +105,11 @@ def strip(
     return captioned(picture, columns=captions, title=title)
 
 
+def lengths(a: Noise, b: Noise, alphas: Sequence[float] = STRIP) -> dict[str, list[float]]:
+    """|xT| of the noises at these points of the way from a to b, by method."""
+    return {method: [float(noise.xt.norm()) for noise in between(a, b, method, alphas)] for method in METHODS}
+
+
 def plot_lengths(path: Path, a: Noise, b: Noise) -> None:
     """Plot |xT| along both ways from a to b beside the shell sqrt(D) that Gaussian noise lies on."""
     from matplotlib.figure import Figure  # here, because it takes a second to import
@@ -111,9 +119,8 @@ def plot_lengths(path: Path, a: Noise, b: Noise) -> None:
     axes = figure.add_subplot(
         title=f"Length of the noise between {a.name} and {b.name}", xlabel="alpha", ylabel="|xT|", xlim=(0, 1)
     )
-    for method in METHODS:
-        lengths = [float(noise.xt.norm()) for noise in between(a, b, method, alphas)]
-        axes.plot(alphas, lengths, label=f"{method}: {lengths[50]:.1f} in the middle")
+    for method, along in lengths(a, b, alphas).items():
+        axes.plot(alphas, along, label=f"{method}: {along[50]:.1f} in the middle")
     shell = math.sqrt(a.xt.numel())
     axes.axhline(shell, color="black", linestyle="dotted", label=f"sqrt(D) = {shell:.1f}")
     axes.legend()
@@ -142,9 +149,11 @@ def draw_interpolations(
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="interpolate.py", description=__doc__)
     add_source_arguments(parser, HERE.parent / "outputs" / "p2_interpolation")
-    parser.add_argument("--between", nargs=2, default=["00", "01"], metavar="NAME", help="the two noises")
-    parser.add_argument("--walk", action="store_true", help="draw the GIF through all noises instead")
-    parser.add_argument("--frames", type=int, default=12, help="frames of the GIF from each noise to the next")
+    way = parser.add_argument_group("way")
+    way.add_argument("--between", nargs=2, default=["00", "01"], metavar="NAME", help="the two noises")
+    way.add_argument("--walk", action="store_true", help="draw the GIF through all noises instead")
+    way.add_argument("--frames", type=int, default=12, help="frames of the GIF from each noise to the next")
+    add_json_argument(parser, "write how long the noises between the two are to this file")
     add_sampling_arguments(parser)
     return parser.parse_args(argv)
 
@@ -158,6 +167,9 @@ def main(args) -> list[Path]:
     options = ddim_options(args)
     if args.frames < 1:
         raise UserError(f"--frames {args.frames}: must be at least 1")
+    if args.walk and args.json:
+        raise UserError("--json: has the lengths between two noises; leave --walk or --json out")
+    check_json(args.json)
     sampler = sampler_from(args)
     noises = noises_for(sampler, args.noise)
     a, b = named(noises, args.between) if not args.walk else noises[:2]
@@ -167,7 +179,10 @@ def main(args) -> list[Path]:
         else:
             draw_interpolations(stage, sampler, a, b, options, args.batch_size)
         names = sorted(path.name for path in stage.iterdir())
-    print(f"{', '.join(names)} in {args.out}")
+    if args.json:
+        shell = math.sqrt(a.xt.numel())
+        write_json(args.json, {"between": [a.name, b.name], "sqrt_d": shell, "alphas": list(STRIP)} | lengths(a, b))
+    say(f"{', '.join(names)} in {args.out}")
     return [args.out / name for name in names]
 
 

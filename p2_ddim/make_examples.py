@@ -22,6 +22,7 @@ from torchvision.utils import save_image
 from common.checkpoint import half, load_model_file, save_tensors, write_atomically
 from common.errors import Parser, run
 from common.images import staged
+from common.progress import progress, say
 from common.schedule import NoiseSchedule
 from p2_ddim.model import FaceUNet, load_face_unet
 from p2_ddim.noise import Noise, random_noises, read_noises
@@ -72,11 +73,13 @@ def write_noises(folder: Path, noises: Sequence[Noise]) -> None:
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="make_examples.py", description=__doc__)
-    parser.add_argument("--install", type=Path, metavar="CHECKPOINT", help="take these weights over first")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the weights that come with the project")
-    parser.add_argument("--out", type=Path, default=EXAMPLES, help="folder that gets noise/ and GT/")
-    parser.add_argument("--seed", type=int, default=0, help="of the noises")
-    parser.add_argument("--noise-only", type=int, metavar="SIZE", help="only make noises of this size")
+    weights = parser.add_argument_group("weights")
+    weights.add_argument("--install", type=Path, metavar="CHECKPOINT", help="take these weights over first")
+    weights.add_argument("--weights", type=Path, default=WEIGHTS, help="the weights that come with the project")
+    examples = parser.add_argument_group("examples")
+    examples.add_argument("--out", type=Path, default=EXAMPLES, help="folder that gets noise/ and GT/")
+    examples.add_argument("--seed", type=int, default=0, help="of the noises")
+    examples.add_argument("--noise-only", type=int, metavar="SIZE", help="only make noises of this size")
     return parser.parse_args(argv)
 
 
@@ -92,9 +95,9 @@ def main(args) -> list[Path]:
     write_noises(args.out / "noise", random_noises(COUNT, shape, args.seed))
     noises = read_noises(args.out / "noise", model.config.image_channels, model.config.stride)
     with staged(args.out / "GT") as stage:
-        for noise in noises:
+        for noise in progress(noises, "ground truth", "image"):
             save_image(diffusers_image(model, about, noise), stage / f"{noise.name}.png", normalize=True)
-    print(f"ground truth of {len(noises)} noises in {args.out / 'GT'}")
+    say(f"ground truth of {len(noises)} noises in {args.out / 'GT'}")
     return [args.out / "GT" / f"{noise.name}.png" for noise in noises]
 
 

@@ -22,6 +22,8 @@ from common.data import read_folder_images, to_unit_range
 from common.errors import Parser, UserError, run
 from common.images import captioned, grid, save_png, staged
 from common.metrics import all_distances, nearest
+from common.progress import progress
+from common.results import add_json_argument, check_json, write_json
 from common.runtime import seeded_generator
 from p2_ddim.noise import random_noises
 from p2_ddim.sample import HERE, WEIGHTS, add_sampling_arguments, ddim_options, sampler_from
@@ -54,7 +56,7 @@ def imagenet_features() -> Extractor:
     def extract(images: Tensor) -> Tensor:
         side = network.input_image_size
         parts = []
-        for part in images.split(50):
+        for part in progress(images.split(50), "features", "part"):
             enlarged = F.interpolate(to_unit_range(part), (side, side), mode="bicubic", antialias=True)
             parts.append(network.extract_features(enlarged.clamp(-1, 1)).mean(dim=(2, 3)))
         return torch.cat(parts)
@@ -100,10 +102,12 @@ def nearest_training_faces(drawn: Tensor, held_out: Tensor, train: Tensor) -> tu
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="quality.py", description=__doc__)
-    parser.add_argument("--data", type=Path, default=ROOT / "hw2_data" / "faces", help="folder of real faces")
-    parser.add_argument("--count", type=int, default=1000, help="faces to draw, and to compare with")
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "p2_quality", help="folder for the results")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="UNet.pt, or weights of train.py")
+    faces = parser.add_argument_group("faces")
+    faces.add_argument("--data", type=Path, default=ROOT / "hw2_data" / "faces", help="folder of real faces")
+    faces.add_argument("--count", type=int, default=1000, help="faces to draw, and to compare with")
+    faces.add_argument("--out", type=Path, default=ROOT / "outputs" / "p2_quality", help="folder for the results")
+    faces.add_argument("--weights", type=Path, default=WEIGHTS, help="UNet.pt, or weights of train.py")
+    add_json_argument(parser, "write all figures to this file as well as to OUT/quality.json")
     add_sampling_arguments(parser)
     parser.set_defaults(save_range="clamp")  # stretched contrast would set the faces apart from real ones
     return parser.parse_args(argv)
@@ -123,6 +127,7 @@ def main(args, extract: Extractor | None = None) -> dict:
         UserError: bad arguments, weights or data, or the ImageNet network is not installed.
     """
     options = ddim_options(args)
+    check_json(args.json)
     sampler = sampler_from(args)
     size = sampler.about["image_size"]
     extract = extract or imagenet_features()
@@ -149,6 +154,7 @@ def main(args, extract: Extractor | None = None) -> dict:
         text = json.dumps(figures, indent=2)
         write_atomically(stage / "quality.json", lambda temporary: temporary.write_text(text))
     print(text)
+    write_json(args.json, figures)
     return figures
 
 

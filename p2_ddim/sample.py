@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common.errors import Parser, UserError, run
 from common.images import SAVE_RANGES, staged, to_pil, to_uint8
+from common.progress import Progress, say
 from common.runtime import PRECISIONS, autocast, pick_device
 from common.sampling import ImageNoise, reverse_process
 from common.schedule import SPACINGS, NoiseSchedule
@@ -175,7 +175,7 @@ class FaceSampler:
         Raises:
             UserError: a batch does not fit the GPU's memory.
         """
-        with tqdm(total=len(noises) * options.steps, desc="faces", unit="step", disable=None) as bar:
+        with Progress(len(noises) * options.steps, "faces", "step") as phase:
             for (_, height, width), group in groupby(noises, lambda noise: tuple(noise.xt.shape)):
                 alike, size = list(group), batch_size or self.batch_size(height, width)
                 for start in range(0, len(alike), size):
@@ -183,7 +183,7 @@ class FaceSampler:
                     try:
                         for step in reverse_process(**self.steps(batch, options)):
                             images = step.xt
-                            bar.update(len(batch))
+                            phase.update(len(batch))
                     except torch.OutOfMemoryError:
                         raise UserError(
                             f"{len(batch)} images of {width}x{height} do not fit the GPU's memory; choose a"
@@ -288,7 +288,7 @@ def main(args) -> list[Path]:
     with staged(args.out) as stage:
         for noise, image in sampler.faces(noises, options, args.batch_size):
             to_pil(image).save(stage / f"{noise.name}.png")
-    print(f"{len(noises)} images in {args.out}")
+    say(f"{len(noises)} images in {args.out}")
     return [args.out / f"{noise.name}.png" for noise in noises]
 
 

@@ -10,7 +10,6 @@ Figures of each picture, then over all of them:
   score    iou (cos + 1) / 2, where cos compares picture and prompt by CLIP; the course takes the mean of the ten best
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,15 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from common.checkpoint import write_atomically
 from common.circles import read_prompt
 from common.clip import Clip
 from common.colour import COLOURS, ciede2000, colour_named, rgb_to_lab
 from common.data import read_image
 from common.errors import Parser, run
-from common.images import check_output_folder
 from common.pairs import Pair, read_pair_image, read_pairs, usable
+from common.progress import progress
 from common.regions import median_colour
+from common.results import add_json_argument, check_json, write_json
 from p3_controlnet.regions import (
     centre_iou,
     circle_regions,
@@ -175,11 +174,12 @@ def parse_arguments(argv: list[str] | None = None):
     )
     parser.add_argument("source", type=Path, nargs="?", default=EXAMPLES, metavar="SOURCE", help="folder of the hints")
     parser.add_argument("out", type=Path, nargs="?", default=OUTPUT, metavar="OUT", help="folder of the pictures")
-    parser.add_argument(
+    judging = parser.add_argument_group("judging")
+    judging.add_argument(
         "--clip", type=Path, metavar="FOLDER", help="CLIP model (default: the project's, if it is there)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--keep-going", action="store_true", help="leave out lines that cannot be judged")
+    add_json_argument(parser)
+    judging.add_argument("--keep-going", action="store_true", help="leave out lines that cannot be judged")
     return parser.parse_args(argv)
 
 
@@ -189,8 +189,7 @@ def main(args) -> dict[str, Any]:
     Raises:
         UserError: a bad line, hint or picture, a folder without a CLIP model, or a file that cannot be written.
     """
-    if args.json:
-        check_output_folder(args.json.parent)
+    check_json(args.json)
     folder = args.clip or (CLIP if CLIP.is_dir() else None)
     clip = Clip(folder) if folder else None
     pairs, pictures, judgements = [], [], []
@@ -201,7 +200,8 @@ def main(args) -> dict[str, Any]:
         pictures.append(picture)
         pairs.append(pair)
 
-    usable(judge_pair, read_pairs(args.table, args.keep_going), args.keep_going)
+    drawn = read_pairs(args.table, args.keep_going)
+    usable(judge_pair, progress(drawn, "judging", "picture"), args.keep_going)
     cosines = clip.cosines(pictures, [pair.prompt for pair in pairs]) if clip else None
     report([pair.target for pair in pairs], judgements, cosines)
     figures = summary(judgements, cosines)
@@ -215,8 +215,7 @@ def main(args) -> dict[str, Any]:
     for image, cosine in zip(images, cosines or []):
         image["cosine"] = cosine
     result = {"summary": figures, "images": images}
-    if args.json:
-        write_atomically(args.json, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
+    write_json(args.json, result)
     return result
 
 

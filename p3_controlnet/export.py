@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.checkpoint import half, save_tensors
 from common.errors import Parser, UserError, run
+from common.progress import say
 from common.stable_diffusion.conversion import original_unet_names
 from common.stable_diffusion.weights_file import CONTROL
 from p3_controlnet.config import ControlNetConfig
@@ -26,8 +27,9 @@ def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="export.py", description=__doc__)
     parser.add_argument("controlnet", type=Path, metavar="CONTROLNET", help="a folder, or one file")
     parser.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file, or diffusers' folder")
-    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="whose names to give the weights")
-    parser.add_argument("--fp32", action="store_true", help="twice the size, for training on")
+    weights = parser.add_argument_group("weights")
+    weights.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="whose names to give the weights")
+    weights.add_argument("--fp32", action="store_true", help="twice the size, for training on")
     return parser.parse_args(argv)
 
 
@@ -58,7 +60,7 @@ def main(args) -> Path:
         names = original_unet_names(state)
         state = {CONTROL + names[name]: tensor for name, tensor in state.items()}
         save_tensors(args.out, state if args.fp32 else half(state), {})
-    print(f"{args.out}: a ControlNet in the {args.layout} layout")
+    say(f"{args.out}: a ControlNet in the {args.layout} layout")
     return args.out
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from common.errors import Parser, UserError, run
 from common.images import captioned, grid, save_png, staged
 from common.pairs import Pair, read_hints, read_pairs
+from common.progress import progress, say
 from p3_controlnet.make_examples import TWO
 from p3_controlnet.model import ControlNet, check_fit
 from p3_controlnet.sample import BASE, EXAMPLES, HERE, add_sampling_arguments, sampler_from
@@ -93,13 +94,15 @@ def story(folder: Path) -> Tensor:
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="figures.py", description=__doc__)
-    parser.add_argument("out", type=Path, nargs="?", default=HERE.parent / "outputs" / "p3_figures", metavar="OUT")
-    parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="which figures")
-    parser.add_argument("--base", type=Path, default=BASE, help="the frozen model: a diffusers folder")
-    parser.add_argument("--examples", type=Path, default=EXAMPLES, help="prompt.json, source/ and target/")
-    parser.add_argument("--two", default=TWO, metavar="SOURCE", help="the examples' hint with two circles")
-    parser.add_argument("--single", type=Path, default=SINGLE, metavar="FOLDER", help="ControlNet of single circles")
-    parser.add_argument("--run", type=Path, help="folder of a training run, for its story")
+    output = HERE.parent / "outputs" / "p3_figures"
+    parser.add_argument("out", type=Path, nargs="?", default=output, metavar="OUT", help="folder for the figures")
+    figures = parser.add_argument_group("figures")
+    figures.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="which figures")
+    figures.add_argument("--base", type=Path, default=BASE, help="the frozen model: a diffusers folder")
+    figures.add_argument("--examples", type=Path, default=EXAMPLES, help="prompt.json, source/ and target/")
+    figures.add_argument("--two", default=TWO, metavar="SOURCE", help="the examples' hint with two circles")
+    figures.add_argument("--single", type=Path, default=SINGLE, metavar="FOLDER", help="ControlNet of single circles")
+    figures.add_argument("--run", type=Path, help="folder of a training run, for its story")
     add_sampling_arguments(parser)
     return parser.parse_args(argv)
 
@@ -121,9 +124,6 @@ def main(args) -> list[Path]:
         both = [k for k, pair in enumerate(pairs) if pair.source == args.two]
         shown = [k for k in range(len(pairs)) if k not in both][:SHOWN]
         some, theirs = [pairs[k] for k in shown], hints[shown]
-    if "sides" in wanted:
-        targets = read_hints(some, args.examples, sampler.size, "target")
-        pictures["sides"] = sides(sampler, some, theirs, targets, args.batch_size)
     if "two" in wanted:
         if not both:
             raise UserError(f"{args.examples / 'prompt.json'}: no line has the source {args.two}; name one with --two")
@@ -132,13 +132,18 @@ def main(args) -> list[Path]:
             single, _ = ControlNet.load(args.single)
             check_fit(single, sampler.base, str(args.single))
             samplers = {"trained on one": with_options(sampler, [single]), "trained on both": sampler}
-        pictures["two"] = two_circles(samplers, [pairs[k] for k in both], hints[both], args.batch_size)
-    if "strength" in wanted:
-        pictures["strength"] = strengths(sampler, some[: SHOWN // 2], theirs[: SHOWN // 2], args.batch_size)
+    for figure in progress([name for name in FIGURES if name in wanted and name != "story"], "figures", "figure"):
+        if figure == "sides":
+            targets = read_hints(some, args.examples, sampler.size, "target")
+            pictures[figure] = sides(sampler, some, theirs, targets, args.batch_size)
+        elif figure == "two":
+            pictures[figure] = two_circles(samplers, [pairs[k] for k in both], hints[both], args.batch_size)
+        else:
+            pictures[figure] = strengths(sampler, some[: SHOWN // 2], theirs[: SHOWN // 2], args.batch_size)
     with staged(args.out) as stage:
         for name, picture in pictures.items():
             save_png(stage / f"{name}.png", picture)
-    print(f"{', '.join(f'{name}.png' for name in pictures)} in {args.out}")
+    say(f"{', '.join(f'{name}.png' for name in pictures)} in {args.out}")
     return [args.out / f"{name}.png" for name in pictures]
 
 

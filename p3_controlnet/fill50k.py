@@ -13,11 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image
-from tqdm import tqdm
 
 from common.circles import draw_hint, draw_target, random_scenes
 from common.errors import Parser, UserError, run
 from common.images import staged
+from common.progress import Progress, say
 
 SMALLEST = 32  # pixels
 CIRCLES = {"1": (1,), "2": (2,), "both": (1, 2)}
@@ -26,11 +26,12 @@ CIRCLES = {"1": (1,), "2": (2,), "both": (1, 2)}
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="fill50k.py", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
-    parser.add_argument("--count", type=int, default=20_000, help="images")
-    parser.add_argument("--size", type=int, default=128, help="side in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="image k depends on it and k alone")
-    parser.add_argument("--circles", choices=CIRCLES, default="both", help="in an image; both: in turns")
-    parser.add_argument("--held-out", action="store_true", help="only the colour pairs kept for testing")
+    circles = parser.add_argument_group("circles")
+    circles.add_argument("--count", type=int, default=20_000, help="images")
+    circles.add_argument("--size", type=int, default=128, help="side in pixels")
+    circles.add_argument("--seed", type=int, default=0, help="image k depends on it and k alone")
+    circles.add_argument("--circles", choices=CIRCLES, default="both", help="in an image; both: in turns")
+    circles.add_argument("--held-out", action="store_true", help="only the colour pairs kept for testing")
     return parser.parse_args(argv)
 
 
@@ -39,18 +40,19 @@ def main(args) -> Path:
     if args.count < 1 or args.size < SMALLEST:
         raise UserError(f"--count {args.count} --size {args.size}: they start at 1 and {SMALLEST}")
     scenes = random_scenes(args.count, args.size, args.seed, CIRCLES[args.circles], args.held_out)
-    with staged(args.out) as stage:
+    with staged(args.out) as stage, Progress(args.count, "circles", "image") as phase:
         folders = {"source": draw_hint, "target": draw_target}
         for folder in folders:
             (stage / folder).mkdir()
         with open(stage / "prompt.json", "w") as table:
-            for k, scene in enumerate(tqdm(scenes, total=args.count, unit=" images")):
+            for k, scene in enumerate(scenes):
                 names = {folder: f"{folder}/{k}.png" for folder in folders}
                 for folder, draw in folders.items():
                     # Flat areas shrink well at any level; the first one is the quickest.
                     Image.fromarray(draw(scene, args.size)).save(stage / names[folder], compress_level=1)
                 table.write(json.dumps(names | {"prompt": scene.prompt}) + "\n")
-    print(f"{args.count} images in {args.out}")
+                phase.update()
+    say(f"{args.count} images in {args.out}")
     return args.out / "prompt.json"
 
 

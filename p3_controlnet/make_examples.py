@@ -31,9 +31,10 @@ def two_circles(size: int, left: str, right: str, background: str) -> Scene:
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="make_examples.py", description=__doc__)
-    parser.add_argument("out", type=Path, nargs="?", default=HERE / "examples", metavar="OUT")
-    parser.add_argument("--size", type=int, default=128, help="side in pixels")
-    parser.add_argument("--seed", type=int, default=2025, help="of the single circles")
+    parser.add_argument("out", type=Path, nargs="?", default=HERE / "examples", metavar="OUT", help="folder")
+    circles = parser.add_argument_group("circles")
+    circles.add_argument("--size", type=int, default=128, help="side in pixels")
+    circles.add_argument("--seed", type=int, default=2025, help="of the single circles")
     return parser.parse_args(argv)
 
 

@@ -16,6 +16,7 @@ import torch
 from common.errors import Parser, UserError, run
 from common.images import staged, to_pil
 from common.pairs import read_hints, read_pairs, readable_pairs
+from common.progress import say
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from common.stable_diffusion.base import load_base
 from common.stable_diffusion.single_file import cache_folder
@@ -81,7 +82,8 @@ def parse_arguments(argv: list[str] | None = None):
         "base", type=Path, nargs="?", default=BASE, metavar="SD_CKPT",
         help="the frozen model: Stable Diffusion v1 as one file or as a diffusers folder",
     )  # fmt: skip
-    parser.add_argument("--keep-going", action="store_true", help="leave out lines that cannot be drawn")
+    lines = parser.add_argument_group("lines")
+    lines.add_argument("--keep-going", action="store_true", help="leave out lines that cannot be drawn")
     add_sampling_arguments(parser)
     return parser.parse_args(argv)
 
@@ -144,7 +146,7 @@ def main(args) -> list[Path]:
             path = stage / pair.target
             path.parent.mkdir(parents=True, exist_ok=True)
             to_pil(picture).save(path, format="PNG")
-    print(f"{len(pairs)} pictures in {args.out}")
+    say(f"{len(pairs)} pictures in {args.out}")
     return [args.out / pair.target for pair in pairs]
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import UserError
 from common.images import to_uint8
 from common.pairs import Pair
+from common.progress import Progress
 from common.sampling import ImageNoise, guided, reverse_process
 from common.stable_diffusion.base import Base, quiet
 from p3_controlnet.model import ControlNet
@@ -179,10 +179,10 @@ class HintSampler:
             UserError: a single picture does not fit the GPU's memory, or is not finite in fp32 either.
         """
         start = 0
-        with tqdm(total=len(pairs) * len(self.timesteps), desc="pictures", unit="step", disable=None) as bar:
+        with Progress(len(pairs) * len(self.timesteps), "pictures", "step") as phase:
             while start < len(pairs):
                 batch = slice(start, start + batch_size)
-                if (pictures := self.drawn(pairs[batch], hints[batch], bar)) is not None:
+                if (pictures := self.drawn(pairs[batch], hints[batch], phase)) is not None:
                     yield from zip(pairs[batch], pictures)
                     start += batch_size
                     continue
@@ -195,7 +195,7 @@ class HintSampler:
                 print(f"warning: the GPU's memory is full; going on with --batch-size {batch_size}", file=sys.stderr)
                 torch.cuda.empty_cache()
 
-    def drawn(self, pairs: Sequence[Pair], hints: Tensor, bar: tqdm) -> Tensor | None:
+    def drawn(self, pairs: Sequence[Pair], hints: Tensor, phase: Progress) -> Tensor | None:
         """Pictures of one batch, uint8 (N, 3, size, size); None if it does not fit the GPU's memory.
 
         Where half precision overflows, which would give black pictures, the networks are turned to fp32 and stay so.
@@ -203,18 +203,18 @@ class HintSampler:
         Raises:
             UserError: a picture is not finite in fp32 either.
         """
-        began = bar.n
+        began = phase.n
         try:
             for step in reverse_process(**self.steps(pairs, hints)):
-                bar.update(len(pairs))
+                phase.update(len(pairs))
                 if not step.xt.isfinite().all():
                     break
             else:
                 return to_uint8(self.base.decode(step.xt))
         except torch.OutOfMemoryError:
-            bar.update(began - bar.n)
+            phase.update(began - phase.n)
             return None
-        bar.update(began - bar.n)
+        phase.update(began - phase.n)
         dtype = self.base.unet.dtype
         if dtype == torch.float32:
             raise UserError(f"{pairs[0].where}: drawn in fp32 it is not finite; the weights are broken, name others")
@@ -222,4 +222,4 @@ class HintSampler:
         with quiet():
             for model in (self.base.unet, self.base.vae, self.base.text_encoder, *self.unet.controlnets):
                 model.float()
-        return self.drawn(pairs, hints, bar)
+        return self.drawn(pairs, hints, phase)

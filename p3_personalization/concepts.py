@@ -22,6 +22,7 @@ from common.clip import Clip
 from common.colour import COLOURS, ciede2000, rgb_to_lab
 from common.errors import Parser, UserError, run
 from common.images import save_png, staged
+from common.progress import say
 from common.runtime import seeded_generator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,9 +85,10 @@ def baseline(clip: Clip, token: str, pictures: Sequence[np.ndarray], prompt: str
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="concepts.py", description=__doc__)
     parser.add_argument("out", type=Path, nargs="?", default=ROOT / "runs" / "concepts", metavar="OUT", help="folder")
-    parser.add_argument("--count", type=int, default=5, help="pictures of each concept")
-    parser.add_argument("--seed", type=int, default=0, help="of the places and backgrounds")
-    parser.add_argument("--clip", type=Path, default=CLIP, help="that the baselines are made with")
+    concepts = parser.add_argument_group("concepts")
+    concepts.add_argument("--count", type=int, default=5, help="pictures of each concept")
+    concepts.add_argument("--seed", type=int, default=0, help="of the places and backgrounds")
+    concepts.add_argument("--clip", type=Path, default=CLIP, help="that the baselines are made with")
     return parser.parse_args(argv)
 
 
@@ -115,7 +117,7 @@ def main(args) -> Path:
                 "baseline": [baseline(clip, token, pictures, prompt) for prompt in PROMPTS],
             }
         (stage / "input.json").write_text(json.dumps(table, indent=2) + "\n")
-    print(f"{args.out}: {args.count} pictures each of {', '.join(CONCEPTS)}, and input.json")
+    say(f"{args.out}: {args.count} pictures each of {', '.join(CONCEPTS)}, and input.json")
     return args.out / "input.json"
 
 

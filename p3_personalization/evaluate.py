@@ -14,7 +14,6 @@ and with --discs, for the miniature:
   shown       share of pictures that show every learned word of the prompt as a disc of its own
 """
 
-import json
 import sys
 from argparse import BooleanOptionalAction
 from collections.abc import Mapping, Sequence
@@ -26,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from torch import Tensor
 
-from common.checkpoint import write_atomically
 from common.clip import Clip
 from common.data import IMAGE_SUFFIXES, read_image
 from common.errors import Parser, UserError, run
-from common.images import check_output_folder
+from common.progress import progress
+from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from p3_personalization.discs import NEAR, concept_colour, disc_difference, shown_colours
 from p3_personalization.generate import EXAMPLES, OUTPUT, ROOT
@@ -147,17 +146,20 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="evaluate.py", description=__doc__)
-    parser.add_argument("table", type=Path, nargs="?", default=EXAMPLES / "input.json", metavar="INPUT_JSON")
-    parser.add_argument("out", type=Path, nargs="?", default=OUTPUT, metavar="OUT", help="folder of the pictures")
-    parser.add_argument("references", type=Path, nargs="?", default=EXAMPLES, metavar="REFERENCES")
-    parser.add_argument("--clip", type=Path, default=CLIP, metavar="FOLDER", help="CLIP in transformers' format")
-    parser.add_argument("--count", type=int, default=COUNT, help="pictures of each prompt")
     parser.add_argument(
+        "table", type=Path, nargs="?", default=EXAMPLES / "input.json", metavar="INPUT_JSON", help="what was drawn"
+    )
+    parser.add_argument("out", type=Path, nargs="?", default=OUTPUT, metavar="OUT", help="folder of the pictures")
+    parser.add_argument("references", type=Path, nargs="?", default=EXAMPLES, metavar="REFERENCES", help="see above")
+    judging = parser.add_argument_group("judging")
+    judging.add_argument("--clip", type=Path, default=CLIP, metavar="FOLDER", help="CLIP in transformers' format")
+    judging.add_argument("--count", type=int, default=COUNT, help="pictures of each prompt")
+    judging.add_argument(
         "--discs", action=BooleanOptionalAction, help="judge discs' colours (default: for the shipped examples)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of CLIP")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add_json_argument(parser)
+    judging.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of CLIP")
+    judging.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser.parse_args(argv)
 
 
@@ -169,8 +171,7 @@ def main(args) -> list[dict[str, Any]]:
     """
     if args.count < 1:
         raise UserError(f"--count {args.count}: starts at 1")
-    if args.json:
-        check_output_folder(args.json.parent)
+    check_json(args.json)
     concepts = read_table(args.table)
     for concept in concepts:
         if not concept.judged_prompts:
@@ -185,22 +186,22 @@ def main(args) -> list[dict[str, Any]]:
     device = pick_device(args.device)
     clip = Clip(args.clip, device, pick_precision(args.precision, device))
     rows = []
-    for concept in concepts:
-        vectors = clip.embed_images(references[concept.number])
-        for p, (prompt, text) in enumerate(zip(concept.prompts, concept.judged_prompts)):
-            pictures = read_drawn(args.out, concept, p, args.count)
-            row = {"concept": concept.number, "number": p, "prompt": prompt, "prompt_4_clip_eval": text}
-            row |= judge_prompt(clip, pictures, vectors, text)
-            if concept.baselines:
-                row["baseline"] = list(concept.baselines[p])
-                row["passed"] = row["image"] >= row["baseline"][0] and row["text"] >= row["baseline"][1]
-            if colours:
-                in_prompt = [colours[other.number] for other in tokens_in(prompt, concepts)]
-                row |= judge_discs(pictures, colours[concept.number], in_prompt)
-            rows.append(row)
+    vectors = {number: clip.embed_images(pictures) for number, pictures in references.items()}
+    every = [(concept, p) for concept in concepts for p in range(len(concept.prompts))]
+    for concept, p in progress(every, "judging", "prompt"):
+        prompt, text = concept.prompts[p], concept.judged_prompts[p]
+        pictures = read_drawn(args.out, concept, p, args.count)
+        row = {"concept": concept.number, "number": p, "prompt": prompt, "prompt_4_clip_eval": text}
+        row |= judge_prompt(clip, pictures, vectors[concept.number], text)
+        if concept.baselines:
+            row["baseline"] = list(concept.baselines[p])
+            row["passed"] = row["image"] >= row["baseline"][0] and row["text"] >= row["baseline"][1]
+        if colours:
+            in_prompt = [colours[other.number] for other in tokens_in(prompt, concepts)]
+            row |= judge_discs(pictures, colours[concept.number], in_prompt)
+        rows.append(row)
     report(rows)
-    if args.json:
-        write_atomically(args.json, lambda temporary: temporary.write_text(json.dumps(rows, indent=1) + "\n"))
+    write_json(args.json, rows)
     return rows
 
 

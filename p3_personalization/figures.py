@@ -24,6 +24,7 @@ from torch import Tensor
 
 from common.errors import Parser, UserError, run
 from common.images import captioned, grid, save_png, staged
+from common.progress import progress, say
 from common.stable_diffusion.base import Base
 from p3_personalization.discs import concept_colour, shown_colours
 from p3_personalization.evaluate import read_references
@@ -114,20 +115,25 @@ def both(
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="figures.py", description=__doc__)
-    parser.add_argument("out", type=Path, nargs="?", default=ROOT / "outputs" / "p3_2024_figures", metavar="OUT")
-    parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="which figures")
-    parser.add_argument("--table", type=Path, default=EXAMPLES / "input.json", metavar="INPUT_JSON")
-    parser.add_argument(
+    output = ROOT / "outputs" / "p3_2024_figures"
+    parser.add_argument("out", type=Path, nargs="?", default=output, metavar="OUT", help="folder for the figures")
+    figures = parser.add_argument_group("figures")
+    figures.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="which figures")
+    files = parser.add_argument_group("what was learned")
+    files.add_argument(
+        "--table", type=Path, default=EXAMPLES / "input.json", metavar="INPUT_JSON", help="concepts and prompts"
+    )
+    files.add_argument(
         "--references", type=Path, default=EXAMPLES, metavar="FOLDER", help="has a folder of pictures a concept"
     )
-    parser.add_argument("--base", type=Path, default=BASE, metavar="SD_CKPT", help="the frozen model")
-    parser.add_argument("--words", type=Path, nargs="+", default=[WORDS], metavar="FILE", help="textual inversion's")
-    parser.add_argument("--custom", type=Path, default=CUSTOM, metavar="FILE", help="Custom Diffusion's")
-    parser.add_argument(
+    files.add_argument("--base", type=Path, default=BASE, metavar="SD_CKPT", help="the frozen model")
+    files.add_argument("--words", type=Path, nargs="+", default=[WORDS], metavar="FILE", help="textual inversion's")
+    files.add_argument("--custom", type=Path, default=CUSTOM, metavar="FILE", help="Custom Diffusion's")
+    figures.add_argument(
         "--prompt", metavar="TEXT", help=f'with two concepts (default: "{TWO}", or the miniature\'s way to say so)'
     )
-    parser.add_argument("--count", type=int, default=50, help="pictures with two concepts of each method")
-    parser.add_argument(
+    figures.add_argument("--count", type=int, default=50, help="pictures with two concepts of each method")
+    figures.add_argument(
         "--discs", action=BooleanOptionalAction, help="count discs of both colours (default: for the miniature)"
     )
     add_drawing_arguments(parser)
@@ -168,10 +174,11 @@ def main(args) -> list[Path]:
         check_prompts(base.tokenizer, prompts, mention=f"{args.table}: ")
     written = []
     with staged(args.out) as stage:
-        if "learned" in args.only:
-            save_png(stage / "learned.png", learned(bases, concepts, references, options))
-            written.append("learned.png")
-        if "both" in args.only:
+        for figure in progress([name for name in FIGURES if name in args.only], "figures", "figure"):
+            if figure == "learned":
+                save_png(stage / "learned.png", learned(bases, concepts, references, options))
+                written.append("learned.png")
+                continue
             picture, numbers = both(bases, two, colours, args.count, options)
             save_png(stage / "both.png", picture)
             (stage / "both.json").write_text(json.dumps(numbers, indent=1) + "\n")
@@ -179,7 +186,7 @@ def main(args) -> list[Path]:
             for name in bases:
                 if name in numbers:
                     print(f"{name}: {numbers[name]:.0%} of {args.count} pictures show both of {two!r}")
-    print(f"{', '.join(written)} in {args.out}")
+    say(f"{', '.join(written)} in {args.out}")
     return [args.out / name for name in written]
 
 
