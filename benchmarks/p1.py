@@ -169,7 +169,7 @@ def main(args) -> dict:
     """Time everything; prints and returns the figures."""
     sampler = make_sampler(args)
     digits = wanted_digits(sampler.domains, "2025", None, 50)[: args.images]
-    options = sampling_options(args)
+    options = sampling_options(args, sampler)
 
     batches = [digits[start : start + args.batch_size] for start in range(0, len(digits), args.batch_size)]
 

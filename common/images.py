@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +111,38 @@ def check_output_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+
+
+def clear_way(out: Path, files: Iterable[Path | str], overwrite: bool) -> None:
+    """Make sure that a grader will find nothing but these files in the folders they go to.
+
+    Args:
+        out: the folder above theirs; made if need be.
+        files: what is going to be written, as paths within `out`.
+        overwrite: remove other files.
+
+    Raises:
+        UserError: OUT cannot be written, or the folders hold other files and `overwrite` is off; nothing is removed
+            then.
+    """
+    check_output_folder(out)
+    wanted = {Path(out) / file for file in files}
+    strays = []
+    for folder in sorted({file.parent for file in wanted}):
+        if not folder.exists():
+            continue
+        check_output_folder(folder)
+        others = sorted(path for path in folder.iterdir() if path not in wanted)
+        if others and not overwrite:
+            raise UserError(
+                f"{folder}: already holds {len(others)} other files ({others[0].name}, ...) that a grader would judge"
+                " as well; name an empty folder, or remove them with --overwrite"
+            )
+        strays += others
+    if folders := [stray for stray in strays if stray.is_dir()]:
+        raise UserError(f"{folders[0]}: is a folder, which --overwrite does not remove; move it away")
+    for stray in strays:
+        stray.unlink()
 
 
 @contextlib.contextmanager

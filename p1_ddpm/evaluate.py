@@ -264,8 +264,8 @@ def main(args) -> list[dict[str, Any]] | list[Path]:
         drawn = {str(args.out): read_graded(args.out, args.layout)}
         facts = {"layout": args.layout}
     else:
-        options = sampling_options(args)
         sampler = make_sampler(args)
+        options = sampling_options(args, sampler)
         if sampler.domains != DOMAINS:
             raise UserError(f"{args.weights}: draws {', '.join(sampler.domains)}, not digits; name another file")
         drawn = {

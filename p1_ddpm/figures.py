@@ -141,8 +141,8 @@ def read_examples(data: Path | None, size: int) -> dict[str, LabelledImages]:
 
 def main(args) -> list[Path]:
     """Draw all figures; returns their files."""
-    options = sampling_options(args)
     sampler = make_sampler(args)
+    options = sampling_options(args, sampler)
     if sampler.domains != DOMAINS:
         raise UserError(f"{args.weights}: draws {', '.join(sampler.domains)}, not the digits; name other --weights")
     with staged(args.out) as stage:

@@ -5,6 +5,7 @@ python sample.py OUT --layout 2024 --seed 3           # Fall 2024: 50 of all ten
 python sample.py OUT --classes 3 7 --count 8 --guidance-scale 1
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from common.checkpoint import load_model_file, load_strictly
 from common.errors import Parser, UserError, run
-from common.images import check_output_folder, staged, to_pil, to_uint8
+from common.images import clear_way, staged, to_pil, to_uint8
 from common.runtime import PRECISIONS, Processes, autocast, pick_device, pick_precision
 from common.sampling import METHODS, ImageNoise, draw, guided
 from common.schedule import NoiseSchedule
@@ -118,40 +119,18 @@ def wanted_digits(domains: Mapping[str, int], layout: str, classes: Sequence[int
     ]
 
 
-def clear_way(out: Path, digits: Sequence[Digit], overwrite: bool) -> None:
-    """Make sure that a grader will find nothing but these digits in the folders they go to.
-
-    Raises:
-        UserError: OUT cannot be written, or its folders hold other files and `overwrite` is off.
-    """
-    check_output_folder(out)
-    files = {digit.file for digit in digits}
-    for domain in sorted({digit.domain for digit in digits}):
-        if not (out / domain).exists():
-            continue
-        check_output_folder(out / domain)
-        strays = sorted(path for path in (out / domain).iterdir() if f"{domain}/{path.name}" not in files)
-        if strays and not overwrite:
-            raise UserError(
-                f"{out / domain}: already holds {len(strays)} other files ({strays[0].name}, ...) that a grader would"
-                " read as digits; name an empty folder, or remove them with --overwrite"
-            )
-        if folders := [stray for stray in strays if stray.is_dir()]:
-            raise UserError(f"{folders[0]}: is a folder, which --overwrite does not remove; move it away")
-        for stray in strays:
-            stray.unlink()
-
-
-def sampling_options(args) -> dict[str, Any]:
+def sampling_options(args, sampler: DigitSampler) -> dict[str, Any]:
     """The part of the arguments that says how to sample.
 
     Raises:
-        UserError: a value out of its range.
+        UserError: a value out of its range, or more steps than the weights' schedule has.
     """
-    if not 1 <= args.steps <= 1000:
-        raise UserError(f"--steps {args.steps}: choose from 1 to 1000")
-    if args.guidance_scale < 0 or not 0 <= args.eta <= 1:
+    if not 1 <= args.steps <= sampler.schedule.T:
+        raise UserError(f"--steps {args.steps}: choose from 1 to {sampler.schedule.T}")
+    if not 0 <= args.guidance_scale < math.inf or not 0 <= args.eta <= 1:
         raise UserError(f"--guidance-scale {args.guidance_scale} --eta {args.eta}: at least 0, and eta at most 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: seeds are whole numbers from 0")
     names = ("sampler", "steps", "eta", "guidance_scale", "guidance_interval")
     return {name: getattr(args, name) for name in names}
 
@@ -193,12 +172,12 @@ def main(args) -> list[Path]:
     """Draw and write; returns the files this process wrote."""
     if args.count < 1 or args.batch_size < 1:
         raise UserError(f"--count {args.count} --batch-size {args.batch_size}: both start at 1")
-    options = sampling_options(args)
     sampler = make_sampler(args)
+    options = sampling_options(args, sampler)
     digits = wanted_digits(sampler.domains, args.layout, args.classes, args.count)
     processes = Processes()
     if processes.rank == 0:
-        clear_way(args.out, digits, args.overwrite)
+        clear_way(args.out, [digit.file for digit in digits], args.overwrite)
     processes.wait()
     mine = digits[processes.rank :: processes.count]
     with staged(args.out) as stage:

@@ -22,12 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import Parser, UserError, run
-from common.images import check_output_folder, staged, to_pil
+from common.images import clear_way, staged, to_pil
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from common.stable_diffusion.base import Base, load_base
 from common.stable_diffusion.drawing import draw_prompts
 from common.stable_diffusion.single_file import cache_folder
-from p3_personalization.table import COUNT, Concept, read_table
+from p3_personalization.table import COUNT, read_table
 from p3_personalization.words import add_words, check_prompts, load_all_words
 
 HERE = Path(__file__).resolve().parent
@@ -116,32 +116,6 @@ def pictures(base: Base, prompts: Sequence[tuple[str, int]], options: DrawingOpt
                 continue
             if base.device.type == "cuda":
                 torch.cuda.empty_cache()
-
-
-def clear_way(out: Path, concepts: Sequence[Concept], count: int, overwrite: bool) -> None:
-    """Make sure that a grader will find nothing but the drawn pictures in the prompts' folders.
-
-    Raises:
-        UserError: OUT cannot be written, or the folders hold other files and `overwrite` is off.
-    """
-    check_output_folder(out)
-    for concept in concepts:
-        for prompt in range(len(concept.prompts)):
-            files = {out / file for file in concept.files(prompt, count)}
-            folder = next(iter(files)).parent
-            if not folder.exists():
-                continue
-            check_output_folder(folder)
-            strays = sorted(path for path in folder.iterdir() if path not in files)
-            if strays and not overwrite:
-                raise UserError(
-                    f"{folder}: already holds {len(strays)} other files ({strays[0].name}, ...) that a grader would"
-                    " judge; name an empty folder, or remove them with --overwrite"
-                )
-            if folders := [stray for stray in strays if stray.is_dir()]:
-                raise UserError(f"{folders[0]}: is a folder, which --overwrite does not remove; move it away")
-            for stray in strays:
-                stray.unlink()
 
 
 def is_miniature(base: Path) -> bool:
@@ -255,13 +229,13 @@ def main(args) -> list[Path]:
     base = with_learned(load_plain(args), paths, args.custom)
     for concept in concepts:
         check_prompts(base.tokenizer, concept.prompts, concept.token, f"{args.table} concept {concept.number!r}: ")
-    clear_way(args.out, concepts, args.count, args.overwrite)
     wanted = [
         (file, prompt, number)
         for concept in concepts
         for p, prompt in enumerate(concept.prompts)
         for number, file in enumerate(concept.files(p, args.count))
     ]
+    clear_way(args.out, [file for file, _, _ in wanted], args.overwrite)
     with staged(args.out) as stage:
         drawn = pictures(base, [(prompt, number) for _, prompt, number in wanted], options)
         for (file, _, _), picture in zip(wanted, drawn):

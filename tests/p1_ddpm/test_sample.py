@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from common.checkpoint import load_tensors, save_tensors
-from common.errors import UserError
+from common.schedule import NoiseSchedule
 from p1_ddpm import sample
 from p1_ddpm.digits import DOMAINS
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
@@ -127,21 +127,25 @@ def test_two_processes_draw_what_one_draws(tmp_path, weights):
         assert np.array_equal(np.asarray(Image.open(path)), alone[str(path.relative_to(tmp_path / "two"))])
 
 
-def complaint(out, weights, *flags) -> str:
-    with pytest.raises(UserError) as raised:
-        draw(out, weights, *flags)
-    line = str(raised.value)
-    assert "\n" not in line
-    return line
+@pytest.fixture
+def complaint(refusal):
+    """A function that draws as `draw` does, but must be refused; returns the line on stderr."""
+
+    def refused(out, weights, *flags) -> str:
+        flags = ["--weights", str(weights), "--steps", "3", *flags]
+        return refusal(sample.main, sample.parse_arguments([str(out), *flags]))
+
+    return refused
 
 
-def test_out_must_be_a_folder_that_can_be_written(tmp_path, weights):
+def test_out_must_be_a_folder_that_can_be_written(tmp_path, weights, complaint):
     (tmp_path / "file").write_text("mine")
     assert f"{tmp_path / 'file'}: is a file" in complaint(tmp_path / "file", weights)
+    assert (tmp_path / "file").read_text() == "mine"
     assert "cannot be written" in complaint("/proc/digits", weights)
 
 
-def test_files_that_a_grader_would_misread_stop_the_run(tmp_path, weights):
+def test_files_that_a_grader_would_misread_stop_the_run(tmp_path, weights, complaint):
     (tmp_path / "mnistm").mkdir()
     (tmp_path / "mnistm" / ".DS_Store").write_text("stray")
     (tmp_path / "mnistm" / "1_001.png").write_text("an odd digit of the other layout")
@@ -154,14 +158,18 @@ def test_files_that_a_grader_would_misread_stop_the_run(tmp_path, weights):
     draw(tmp_path, weights, "--count", "1")  # the same names again are no strays
 
 
-def test_overwrite_removes_nothing_where_a_folder_is_in_the_way(tmp_path, weights):
-    (tmp_path / "mnistm" / "notes").mkdir(parents=True)
-    (tmp_path / "mnistm" / "a.png").write_text("stray")
+def test_overwrite_removes_nothing_where_a_folder_is_in_the_way(tmp_path, weights, complaint):
+    """Neither beside that folder nor in another domain's."""
+    (tmp_path / "svhn" / "notes").mkdir(parents=True)
+    (tmp_path / "mnistm").mkdir()
+    strays = [tmp_path / domain / "a.png" for domain in ("mnistm", "svhn")]
+    for stray in strays:
+        stray.write_text("stray")
     assert "notes: is a folder" in complaint(tmp_path, weights, "--count", "1", "--overwrite")
-    assert (tmp_path / "mnistm" / "a.png").exists()
+    assert all(stray.exists() for stray in strays)
 
 
-def test_weights_that_cannot_be_used(tmp_path, weights):
+def test_weights_that_cannot_be_used(tmp_path, weights, complaint):
     out = tmp_path / "out"
     assert "no such weights file" in complaint(out, tmp_path / "absent.safetensors")
     assert "is a folder" in complaint(out, tmp_path)
@@ -185,15 +193,23 @@ def test_weights_that_cannot_be_used(tmp_path, weights):
         (["--count", "0"], "--count 0"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--classes", "10"], "--classes 10"),
-        (["--seed", "-1"], "seed -1"),
+        (["--seed", "-1"], "--seed -1"),
         (["--guidance-scale", "-1"], "--guidance-scale -1"),
+        (["--guidance-scale", "nan"], "--guidance-scale nan"),
         (["--eta", "2", "--sampler", "ddim"], "--eta 2"),
         (["--device", "cuda:7"], "--device cuda:7"),
     ],
 )
-def test_values_out_of_range(tmp_path, weights, flags, expected):
+def test_values_out_of_range(tmp_path, weights, complaint, flags, expected):
     assert expected in complaint(tmp_path / "out", weights, *flags)
-    assert not list((tmp_path / "out").rglob("*.png"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_steps_than_the_weights_schedule_has(tmp_path, weights, complaint):
+    short = changed(weights, tmp_path / "short.safetensors", schedule=asdict(NoiseSchedule("cosine", T=20)))
+    assert complaint(tmp_path / "out", short, "--steps", "21") == "--steps 21: choose from 1 to 20"
+    assert not (tmp_path / "out").exists()
+    assert len(draw(tmp_path / "out", short, "--steps", "20", "--count", "1")) == 10
 
 
 def test_the_command_line_ends_with_one_line_and_exit_code_two(tmp_path, weights):
