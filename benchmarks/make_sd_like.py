@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.checkpoint import save_tensors, write_atomically
 from common.errors import Parser, UserError, run
+from common.progress import progress, say
 from common.schedule import NoiseSchedule
 
 KEYS = Path(__file__).resolve().parent.parent / "tests" / "sd_v1_ckpt_keys.json"
@@ -31,7 +32,7 @@ def random_weights(shapes: Mapping[str, Sequence[int]], seed: int = 6) -> dict[s
     A matrix or convolution keeps the variance of what it is given, a norm's weights are near 1, and biases near 0.
     """
     generator, state = torch.Generator().manual_seed(seed), {}
-    for name, shape in shapes.items():
+    for name, shape in progress(list(shapes.items()), "weights", "tensor"):
         if name.endswith(POSITIONS):
             state[name] = torch.arange(shape[-1])[None]
             continue
@@ -53,9 +54,10 @@ def like_training_left_it(state: Mapping[str, Tensor]) -> dict[str, object]:
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="make_sd_like.py", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write")
-    parser.add_argument("--kind", choices=KINDS, default="sd_v1", help="of what published file")
-    parser.add_argument("--keys", type=Path, default=KEYS, help="JSON: for each kind the shapes by their names")
-    parser.add_argument("--seed", type=int, default=6, help="of the weights")
+    content = parser.add_argument_group("content")
+    content.add_argument("--kind", choices=KINDS, default="sd_v1", help="of what published file")
+    content.add_argument("--keys", type=Path, default=KEYS, help="JSON: for each kind the shapes by their names")
+    content.add_argument("--seed", type=int, default=6, help="of the weights")
     return parser.parse_args(argv)
 
 
@@ -77,7 +79,7 @@ def main(args) -> Path:
         write_atomically(args.out, lambda temporary: torch.save(content, temporary))
     else:
         save_tensors(args.out, state, {})
-    print(f"{args.out}: {args.out.stat().st_size / 1e9:.2f} GB, {len(state)} weights like {args.kind}'s")
+    say(f"{args.out}: {args.out.stat().st_size / 1e9:.2f} GB, {len(state)} weights like {args.kind}'s")
     return args.out
 
 

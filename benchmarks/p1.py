@@ -27,6 +27,7 @@ from common.data import LabelledImages
 from common.errors import Parser, run
 from common.images import to_uint8
 from common.losses import diffusion_loss
+from common.results import add_json_argument, check_json, write_json
 from common.runtime import autocast, seeded_generator
 from common.schedule import NoiseSchedule
 from p1_ddpm.digits import DOMAINS, joint_label
@@ -155,18 +156,20 @@ def iter_forever(loader: DataLoader):
 
 
 def parse_arguments(argv: list[str] | None = None):
-    parser = Parser(prog="p1.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=100, help="images to draw")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs, of which the median is told")
-    parser.add_argument("--peer-steps", type=int, default=2, help="steps of the plain peer to time")
-    parser.add_argument("--training-batch", type=int, default=128, help="images a training step")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser = Parser(prog="p1.py", description=__doc__)
+    work = parser.add_argument_group("work")
+    work.add_argument("--images", type=int, default=100, help="images to draw")
+    work.add_argument("--repeats", type=int, default=3, help="timed runs, of which the median is told")
+    work.add_argument("--peer-steps", type=int, default=2, help="steps of the plain peer to time")
+    work.add_argument("--training-batch", type=int, default=128, help="images a training step")
+    add_json_argument(parser)
     add_sampling_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(args) -> dict:
     """Time everything; prints and returns the figures."""
+    check_json(args.json)
     sampler = make_sampler(args)
     digits = wanted_digits(sampler.domains, "2025", None, 50)[: args.images]
     options = sampling_options(args, sampler)
@@ -203,9 +206,7 @@ def main(args) -> dict:
     quick = replace(config, widths=QUICK_WIDTHS, blocks=(1, 1), embedding=32)
     figures["training_quick_network"] = time_training_step(quick, args.training_batch, args.repeats)
     print(json.dumps(figures, indent=2))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=2))
+    write_json(args.json, figures)
     return figures
 
 

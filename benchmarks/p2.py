@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.checkpoint import write_atomically
 from common.errors import Parser, UserError, run
 from common.images import to_uint8
+from common.progress import progress, silenced
+from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from common.schedule import NoiseSchedule
 from p2_ddim.make_examples import diffusers_scheduler
@@ -94,9 +95,10 @@ def by_diffusers(sampler: FaceSampler, noises: list[Noise], steps: int, batch_si
 
 def timed(work) -> tuple[float, Tensor]:
     """Seconds that the work takes, and its result, which must lie on the CPU."""
-    start = perf_counter()
-    result = work()
-    return perf_counter() - start, result
+    with silenced():  # the work's own progress would cost it time
+        start = perf_counter()
+        result = work()
+        return perf_counter() - start, result
 
 
 def mean_squared_error(a: Tensor, b: Tensor) -> float:
@@ -113,20 +115,20 @@ def forward_flops(config: FaceUNetConfig, size: int) -> int:
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="p2.py", description=__doc__)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="weights of train.py, or UNet.pt")
-    parser.add_argument("--course", action="store_true", help="the course's network with stand-in weights instead")
-    parser.add_argument("--size", type=int, help="side of the images (default: what the weights were trained on)")
-    parser.add_argument("--images", type=int, default=10, help="images to draw")
-    parser.add_argument("--loop-images", type=int, default=1, help="images that the straightforward loop draws")
-    parser.add_argument("--steps", type=int, default=50, help="steps of the reverse process")
-    parser.add_argument("--batch-size", type=int, help="images at a time (default: as sample.py chooses)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of ours and of diffusers' run")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network of both")
-    parser.add_argument(
-        "--repeats", type=int, default=1, help="runs of ours and diffusers', of which the median is told"
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    network = parser.add_argument_group("network")
+    network.add_argument("--weights", type=Path, default=WEIGHTS, help="weights of train.py, or UNet.pt")
+    network.add_argument("--course", action="store_true", help="the course's network with stand-in weights instead")
+    work = parser.add_argument_group("work")
+    work.add_argument("--size", type=int, help="side of the images (default: what the weights were trained on)")
+    work.add_argument("--images", type=int, default=10, help="images to draw")
+    work.add_argument("--loop-images", type=int, default=1, help="images that the straightforward loop draws")
+    work.add_argument("--steps", type=int, default=50, help="steps of the reverse process")
+    work.add_argument("--batch-size", type=int, help="images at a time (default: as sample.py chooses)")
+    work.add_argument("--precision", choices=PRECISIONS, default="auto", help="of ours and of diffusers' run")
+    work.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    work.add_argument("--compile", action="store_true", help="torch.compile the network of both")
+    work.add_argument("--repeats", type=int, default=1, help="runs of ours and diffusers', of which the median is told")
+    add_json_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -142,6 +144,7 @@ def main(args) -> dict:
             raise UserError(f"{flag} {count}: must be at least 1")
     if args.loop_images > args.images:
         raise UserError(f"--loop-images {args.loop_images}: at most the {args.images} that are drawn")
+    check_json(args.json)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     network, about = make_network(args)
@@ -164,7 +167,7 @@ def main(args) -> dict:
     batch_size = args.batch_size or sampler.batch_size(size, size)
     sampler.pictures(noises[:batch_size], DDIMOptions(steps=1), batch_size)  # warm up, and compile
     ours, theirs = [], []
-    for _ in range(args.repeats):
+    for _ in progress(range(args.repeats), "timing", "run"):
         ours.append(timed(lambda: sampler.pictures(noises, options, batch_size)))
         theirs.append(timed(lambda: by_diffusers(sampler, noises, args.steps, batch_size)))
     our_seconds, their_seconds = (statistics.median(time for time, _ in runs) for runs in (ours, theirs))
@@ -193,10 +196,8 @@ def main(args) -> dict:
         "gflops_a_second": flops * args.steps * args.images / our_seconds / 1e9,
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if args.json:
-        write_atomically(args.json, lambda temporary: temporary.write_text(text + "\n"))
+    print(json.dumps(figures, indent=2))
+    write_json(args.json, figures)
     return figures
 
 

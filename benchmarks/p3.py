@@ -20,10 +20,11 @@ import torch
 from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline
 from torch import Tensor
 
-from common.checkpoint import write_atomically
 from common.errors import Parser, UserError, run
 from common.images import to_uint8
 from common.pairs import Pair, read_hints, read_pairs
+from common.progress import Progress, silenced
+from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, autocast, pick_device, pick_precision
 from common.stable_diffusion.base import Base, load_base
 from p3_controlnet.model import ControlNet
@@ -111,29 +112,34 @@ def training_steps(
 
 def timed(work: Callable[[], Tensor], repeats: int) -> tuple[float, Tensor]:
     """Median seconds of a few runs after one to warm up, and the last result."""
-    result, seconds = work(), []
-    for _ in range(repeats):
-        start = perf_counter()
-        result = work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(perf_counter() - start)
-    return statistics.median(seconds), result
+    seconds = []
+    with Progress(1 + repeats, "timing", "run") as phase:
+        for _ in range(1 + repeats):
+            with silenced():  # the work's own progress would cost it time
+                start = perf_counter()
+                result = work()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                seconds.append(perf_counter() - start)
+            phase.update()
+    return statistics.median(seconds[1:]), result
 
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="p3.py", description=__doc__)
-    parser.add_argument("--base", type=Path, default=BASE, help="diffusers pipeline folder")
-    parser.add_argument("--controlnet", type=Path, default=CONTROLNET, help="its ControlNet's folder")
-    parser.add_argument("--examples", type=Path, default=EXAMPLES, help="folder with prompt.json, source/ and target/")
-    parser.add_argument("--pictures", type=int, default=16, help="to draw")
-    parser.add_argument("--steps", type=int, default=20, help="of the reverse process")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="1 = off")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time, and pairs a training step")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of both sides")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of which the median is told")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    models = parser.add_argument_group("models")
+    models.add_argument("--base", type=Path, default=BASE, help="diffusers pipeline folder")
+    models.add_argument("--controlnet", type=Path, default=CONTROLNET, help="its ControlNet's folder")
+    models.add_argument("--examples", type=Path, default=EXAMPLES, help="folder with prompt.json, source/ and target/")
+    work = parser.add_argument_group("work")
+    work.add_argument("--pictures", type=int, default=16, help="to draw")
+    work.add_argument("--steps", type=int, default=20, help="of the reverse process")
+    work.add_argument("--guidance-scale", type=float, default=3.0, help="1 = off")
+    work.add_argument("--batch-size", type=int, default=8, help="pictures at a time, and pairs a training step")
+    work.add_argument("--precision", choices=PRECISIONS, default="auto", help="of both sides")
+    work.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    work.add_argument("--repeats", type=int, default=3, help="runs of which the median is told")
+    add_json_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -150,6 +156,7 @@ def main(args) -> dict:
     }.items():
         if count < 1:
             raise UserError(f"{flag} {count}: must be at least 1")
+    check_json(args.json)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     dtype = DTYPES[precision]
@@ -192,10 +199,8 @@ def main(args) -> dict:
             "encoding_anew": anew_seconds / cached_seconds,
         },
     }
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if args.json:
-        write_atomically(args.json, lambda temporary: temporary.write_text(text + "\n"))
+    print(json.dumps(figures, indent=2))
+    write_json(args.json, figures)
     return figures
 
 

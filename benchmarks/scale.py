@@ -8,7 +8,6 @@ Counts are of the repository's own losses and networks on torch's meta device. P
 the published figures and the assumptions that stand beside them: nothing of them was measured.
 """
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +22,9 @@ from benchmarks.projection import Assumptions, Machine, projected, training_rate
 from benchmarks.scale_tables import counted_text, measured_text
 from benchmarks.timing import median_seconds
 from benchmarks.workloads import MEASURED, WORK
-from common.checkpoint import write_atomically
 from common.errors import Parser, UserError, run
+from common.progress import progress, say
+from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, cpu_has_bf16, pick_precision
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
@@ -86,11 +86,12 @@ def measured(key: str, precision: str, pictures: int, repeats: int) -> dict[str,
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="scale.py", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=WORK, default=list(WORK), help="kinds of work")
-    parser.add_argument("--write", action="store_true", help="put the tables into the page, instead of printing them")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the published arithmetic, assumed")
+    counting = parser.add_argument_group("counting")
+    counting.add_argument("--only", nargs="+", choices=WORK, default=list(WORK), help="kinds of work")
+    counting.add_argument("--write", action="store_true", help="put the tables into the page, instead of printing them")
+    counting.add_argument("--page", type=Path, default=PAGE, help="the page")
+    add_json_argument(parser)
+    counting.add_argument("--utilisation", type=float, default=0.4, help="share of the published arithmetic, assumed")
     group = parser.add_argument_group("measuring")
     group.add_argument("--measure", action="store_true", help="time the small models on this processor")
     group.add_argument("--pictures", type=int, default=8, help="drawn at once")
@@ -112,14 +113,17 @@ def main(args) -> dict[str, Any]:
         )
     if args.write and set(args.only) != set(WORK):
         raise UserError("--only: the page has tables of all kinds of work; leave --only or --write out")
+    check_json(args.json)
     machine, assumed = Machine(), Assumptions(utilisation=args.utilisation)
-    figures = {key: figures_of(key, machine, assumed) for key in args.only}
+    figures = {key: figures_of(key, machine, assumed) for key in progress(args.only, "counting", "kind")}
     blocks = {"counted": counted_text(figures, machine, assumed)}
     result = {"machine": asdict(machine), "assumed": asdict(assumed), "counted": figures}
     if args.measure:
         precision = pick_precision(args.precision, torch.device("cpu"))
         keys = [key for key in MEASURED if key in args.only]
-        result["measured"] = {key: measured(key, precision, args.pictures, args.repeats) for key in keys}
+        result["measured"] = {
+            key: measured(key, precision, args.pictures, args.repeats) for key in progress(keys, "measuring", "kind")
+        }
         bf16 = "with" if cpu_has_bf16() else "without"
         facts = (
             f"{torch.get_num_threads()} threads of a processor {bf16} bf16, in {precision}; {args.pictures} pictures at"
@@ -128,13 +132,12 @@ def main(args) -> dict[str, Any]:
         blocks["measured"] = measured_text(result["measured"], figures, facts)
     if args.write:
         write_blocks(args.page, blocks)
-        print(f"{', '.join(blocks)}: in {args.page}")
+        say(f"{', '.join(blocks)}: in {args.page}")
     else:
         print("\n\n".join(blocks.values()))
         if not args.measure:
-            print("\nNot measured: add --measure on a quiet machine")
-    if args.json:
-        write_atomically(args.json, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
+            say("\nNot measured: add --measure on a quiet machine")
+    write_json(args.json, result)
     return result
 
 

@@ -10,6 +10,7 @@ training step, with checkpointing and without. Each is a process of its own, who
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -21,8 +22,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import make_sd_like
-from common.checkpoint import write_atomically
 from common.errors import Parser, UserError, run
+from common.progress import say
+from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS
 from p3_controlnet import fill50k
 
@@ -46,6 +48,7 @@ def measured(command: Sequence[object]) -> tuple[dict[str, float], str]:
     Raises:
         UserError: it failed.
     """
+    say(shlex.join(map(str, command)))
     environment = os.environ | {"PYTHON": sys.executable}
     with tempfile.TemporaryFile("w+") as output:
         started = perf_counter()
@@ -84,14 +87,16 @@ def training(args, work: Path, *flags: str) -> dict[str, Any]:
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="sd_full_size.py", description=__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="SD_CKPT", help="from make_sd_like.py, or a published one")
-    parser.add_argument("--work", type=Path, help="folder for 6 GB of files, kept (default: a temporary one)")
-    parser.add_argument("--keys", type=Path, default=make_sd_like.KEYS, help="as make_sd_like.py takes it")
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures, pixels")
-    parser.add_argument("--steps", type=int, default=2, help="of the reverse process")
-    parser.add_argument("--batch-size", type=int, default=1, help="pairs the training step")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of everything")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    files = parser.add_argument_group("files")
+    files.add_argument("--work", type=Path, help="folder for 6 GB of files, kept (default: a temporary one)")
+    files.add_argument("--keys", type=Path, default=make_sd_like.KEYS, help="as make_sd_like.py takes it")
+    work = parser.add_argument_group("work")
+    work.add_argument("--size", type=int, default=256, help="side of the pictures, pixels")
+    work.add_argument("--steps", type=int, default=2, help="of the reverse process")
+    work.add_argument("--batch-size", type=int, default=1, help="pairs the training step")
+    work.add_argument("--precision", choices=PRECISIONS, default="auto", help="of everything")
+    work.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    add_json_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -101,6 +106,7 @@ def main(args) -> dict[str, Any]:
     Raises:
         UserError: a command failed; with the end of what it said.
     """
+    check_json(args.json)
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         controlnet = work / "control-like.safetensors"
@@ -115,10 +121,8 @@ def main(args) -> dict[str, Any]:
             "training": training(args, work),
             "training_with_gradient_checkpointing": training(args, work, "--gradient-checkpointing"),
         }
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if args.json:
-        write_atomically(args.json, lambda path: path.write_text(text + "\n"))
+    print(json.dumps(figures, indent=2))
+    write_json(args.json, figures)
     return figures
 
 

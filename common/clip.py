@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from common.errors import UserError
+from common.progress import progress
 from common.runtime import autocast
 from common.stable_diffusion.base import quiet
 
@@ -51,7 +52,7 @@ class Clip:
     def embed_images(self, images: Sequence[np.ndarray]) -> Tensor:
         """Unit vectors of pictures, uint8 (H, W, 3) each: float32 (N, D) on the CPU."""
         rows = []
-        for i in range(0, len(images), BATCH):
+        for i in progress(range(0, len(images), BATCH), "CLIP", "part"):
             pictures = [image.copy() for image in images[i : i + BATCH]]  # torch warns of arrays it may not write to
             pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"].to(self.device)
             with autocast(self.device, self.precision):

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.errors import UserError
+from common.progress import Progress, progress
 from common.runtime import seeded_generator
 
 HELD_OUT_EVERY = 10
@@ -107,7 +108,8 @@ def read_csv_images(table: Path, size: int | None = None, classes: int = 10_000)
         raise UserError(f"{table}: lists no images; add rows under its header")
     folder = table.parent / "data" if (table.parent / "data").is_dir() else table.parent
     images, labels = [], []
-    for position, name, label in rows[["image_name", "label"]].itertuples():
+    listed = list(rows[["image_name", "label"]].itertuples())
+    for position, name, label in progress(listed, f"reading {table}", "image"):
         mention = f"{table} row {position + 2}: "
         if not label.isdecimal() or int(label) >= classes:
             raise UserError(f"{mention}label {label!r}: labels are 0 to {classes - 1}; correct the row")
@@ -139,8 +141,15 @@ def read_folder_images(folder: Path, size: int) -> LabelledImages:
     names = sorted(str(path) for path in found if not any(part.startswith(".") for part in path.parts))
     if not names:
         raise UserError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}); name another folder")
-    with ThreadPoolExecutor() as pool:  # decoders let go of Python's lock
-        images = list(pool.map(lambda name: read_image(folder / name, size, crop=True), names))
+    with ThreadPoolExecutor() as pool, Progress(len(names), f"reading {folder}", "image") as phase:
+
+        def read(name: str) -> np.ndarray:
+            return read_image(folder / name, size, crop=True)
+
+        images = []
+        for image in pool.map(read, names):  # decoders let go of Python's lock
+            images.append(image)
+            phase.update()
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return LabelledImages(stacked, torch.zeros(len(names), dtype=torch.int64), names)
 

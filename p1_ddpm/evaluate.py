@@ -23,6 +23,8 @@ from common.data import LabelledImages, read_image
 from common.errors import Parser, UserError, run
 from common.images import check_output_folder, save_png
 from common.metrics import all_distances
+from common.progress import progress
+from common.results import add_json_argument, check_json
 from common.runtime import seeded_generator
 from p1_ddpm.digits import DOMAINS, LAYOUTS, read_digits
 from p1_ddpm.judge import (
@@ -76,7 +78,8 @@ def read_graded(out: Path, layout: str) -> Sets:
 def draw_sets(sampler: DigitSampler, layout: str, count: int, seed: int, options: dict[str, Any], batch: int) -> Sets:
     """The images that sample.py would write, in memory."""
     digits = wanted_digits(sampler.domains, layout, None, count)
-    drawn = torch.cat([sampler.images(digits[i : i + batch], seed, options) for i in range(0, len(digits), batch)])
+    starts = progress(range(0, len(digits), batch), f"digits of seed {seed}", "part")
+    drawn = torch.cat([sampler.images(digits[i : i + batch], seed, options) for i in starts])
     everything = LabelledImages(drawn, torch.tensor([d.label for d in digits]), [d.file for d in digits])
     return {name: everything.take(torch.tensor([d.domain == name for d in digits])) for name in DOMAINS}
 
@@ -218,18 +221,20 @@ def show_nearest(path: Path, sets: Sets, judges: Mapping[str, LoadedJudge], real
 
 
 def parse_arguments(argv: list[str] | None = None):
-    parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="evaluate.py", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?", help="folder to judge; without it digits are drawn")
-    parser.add_argument("--seeds", type=int, nargs="+", help="draw these seeds, a row each")
-    parser.add_argument("--layout", choices=LAYOUTS, default="2025", help="edition of the course")
-    parser.add_argument("--count", type=int, default=50, help="images of each digit and domain to draw")
-    parser.add_argument("--data", type=Path, help="the course's digits folder, if not hw2_data/digits")
-    parser.add_argument("--classifier", type=Path, help="the course's Classifier.pth, for mnistm")
-    parser.add_argument("--judges", type=Path, default=WEIGHTS, help="folder of the judges' weights")
-    parser.add_argument("--json", type=Path, help="append all figures to this file, a line a row")
-    parser.add_argument("--nearest", type=Path, metavar="PNG", help="draw a figure of nearest training images")
-    parser.add_argument("--record", action="store_true", help="write the means into the weights file, as its figures")
-    parser.add_argument("--train-judge", action="store_true", help="train the judges on real images, then stop")
+    digits = parser.add_argument_group("digits")
+    digits.add_argument("--seeds", type=int, nargs="+", help="draw these seeds, a row each")
+    digits.add_argument("--layout", choices=LAYOUTS, default="2025", help="edition of the course")
+    digits.add_argument("--count", type=int, default=50, help="images of each digit and domain to draw")
+    judging = parser.add_argument_group("judging")
+    judging.add_argument("--data", type=Path, help="the course's digits folder, if not hw2_data/digits")
+    judging.add_argument("--classifier", type=Path, help="the course's Classifier.pth, for mnistm")
+    judging.add_argument("--judges", type=Path, default=WEIGHTS, help="folder of the judges' weights")
+    add_json_argument(parser, "append all figures to this file, a line a row")
+    judging.add_argument("--nearest", type=Path, metavar="PNG", help="draw a figure of nearest training images")
+    judging.add_argument("--record", action="store_true", help="write the means into the weights file, as its figures")
+    judging.add_argument("--train-judge", action="store_true", help="train the judges on real images, then stop")
     add_sampling_arguments(parser)
     return parser.parse_args(argv)
 
@@ -256,8 +261,9 @@ def main(args) -> list[dict[str, Any]] | list[Path]:
         raise UserError(f"--record: nobody knows which weights drew {args.out}; name --seeds instead")
     if args.count < 1 or args.batch_size < 1:
         raise UserError(f"--count {args.count} --batch-size {args.batch_size}: both start at 1")
-    for file in filter(None, (args.json, args.nearest)):
-        check_output_folder(file.parent)
+    check_json(args.json)
+    if args.nearest:
+        check_output_folder(args.nearest.parent)
     judges = {domain: load_judge(args.judges, domain) for domain in DOMAINS}
     classifier = load_classifier(args.classifier) if args.classifier else None
     if args.out:

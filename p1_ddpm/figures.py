@@ -17,6 +17,7 @@ from torch import Tensor
 from common.data import LabelledImages
 from common.errors import Parser, UserError, run
 from common.images import captioned, grid, save_gif, save_png, staged, to_uint8
+from common.progress import Progress, say
 from common.sampling import Step, reverse_process
 from p1_ddpm.digits import DOMAINS, LAYOUTS, read_digits
 from p1_ddpm.sample import Digit, DigitSampler, add_sampling_arguments, make_sampler, sampling_options
@@ -122,11 +123,10 @@ def guidance_row(sampler: DigitSampler, seed: int, options: dict[str, Any]) -> T
 
 
 def parse_arguments(argv: list[str] | None = None):
-    parser = Parser(prog="figures.py", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "outputs" / "p1_figures", help="folder that gets the figures"
-    )
-    parser.add_argument("--data", type=Path, help="the course's digits folder, if not hw2_data/digits")
+    parser = Parser(prog="figures.py", description=__doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", type=Path, default=ROOT / "outputs" / "p1_figures", help="folder that gets the figures")
+    files.add_argument("--data", type=Path, help="the course's digits folder, if not hw2_data/digits")
     add_sampling_arguments(parser)
     return parser.parse_args(argv)
 
@@ -147,15 +147,19 @@ def main(args) -> list[Path]:
         raise UserError(f"{args.weights}: draws {', '.join(sampler.domains)}, not the digits; name other --weights")
     with staged(args.out) as stage:
         real = read_examples(args.data, sampler.about["image_size"])
-        pictures = grids(sampler, args.seed, options, real)
-        noise, steps = reverse_walk(sampler, args.seed, options)
-        pictures["reverse_process.png"] = snapshots(noise, steps)
-        pictures["guidance.png"] = guidance_row(sampler, args.seed, options)
+        with Progress(3, "figures", "figure") as phase:
+            pictures = grids(sampler, args.seed, options, real)
+            phase.update()
+            noise, steps = reverse_walk(sampler, args.seed, options)
+            pictures["reverse_process.png"] = snapshots(noise, steps)
+            phase.update()
+            pictures["guidance.png"] = guidance_row(sampler, args.seed, options)
+            phase.update()
         for name, picture in pictures.items():
             save_png(stage / name, picture)
         save_gif(stage / "reverse_process.gif", frames(noise, steps), milliseconds=80)
     names = [*pictures, "reverse_process.gif"]
-    print(f"{len(names)} figures in {args.out}: {', '.join(names)}")
+    say(f"{len(names)} figures in {args.out}: {', '.join(names)}")
     return [args.out / name for name in names]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from common.checkpoint import half, load_model_file, load_pt, load_strictly, save_tensors
 from common.data import LabelledImages, jitter, shuffled_indices, to_unit_range
 from common.errors import UserError
+from common.progress import progress
 from common.training_options import TrainingOptions
 
 IMAGE_SIZE = 28
@@ -153,7 +154,7 @@ def load_classifier(path: Path) -> LeNet:
 @torch.inference_mode()
 def in_batches(function, images: Tensor, batch_size: int = 500) -> Tensor:
     """`function` of uint8 images (N, 3, H, W), which it gets in [-1, 1], a batch at a time."""
-    return torch.cat([function(to_unit_range(part)) for part in images.split(batch_size)])
+    return torch.cat([function(to_unit_range(part)) for part in progress(images.split(batch_size), "judging", "part")])
 
 
 def correct(model: nn.Module, images: LabelledImages) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from common.checkpoint import load_model_file, load_strictly
 from common.errors import Parser, UserError, run
 from common.images import clear_way, staged, to_pil, to_uint8
+from common.progress import Progress, say
 from common.runtime import PRECISIONS, Processes, autocast, pick_device, pick_precision
 from common.sampling import METHODS, ImageNoise, draw, guided
 from common.schedule import NoiseSchedule
@@ -152,12 +153,13 @@ def add_sampling_arguments(parser: Parser) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None):
-    parser = Parser(prog="sample.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="sample.py", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder that gets mnistm/ and svhn/")
-    parser.add_argument("--layout", choices=LAYOUTS, default="2025", help="edition of the course")
-    parser.add_argument("--classes", type=int, nargs="+", help="only these digits")
-    parser.add_argument("--count", type=int, default=50, help="images of each digit and domain")
-    parser.add_argument("--overwrite", action="store_true", help="remove other files from OUT's two folders")
+    digits = parser.add_argument_group("digits")
+    digits.add_argument("--layout", choices=LAYOUTS, default="2025", help="edition of the course")
+    digits.add_argument("--classes", type=int, nargs="+", help="only these digits")
+    digits.add_argument("--count", type=int, default=50, help="images of each digit and domain")
+    digits.add_argument("--overwrite", action="store_true", help="remove other files from OUT's two folders")
     add_sampling_arguments(parser)
     return parser.parse_args(argv)
 
@@ -180,16 +182,17 @@ def main(args) -> list[Path]:
         clear_way(args.out, [digit.file for digit in digits], args.overwrite)
     processes.wait()
     mine = digits[processes.rank :: processes.count]
-    with staged(args.out) as stage:
+    with staged(args.out) as stage, Progress(len(mine), "digits", "image") as phase:
         for start in range(0, len(mine), args.batch_size):
             batch = mine[start : start + args.batch_size]
             for digit, image in zip(batch, sampler.images(batch, args.seed, options)):
                 (stage / digit.domain).mkdir(exist_ok=True)
                 to_pil(image).save(stage / digit.file)
+            phase.update(len(batch))
     processes.wait()
     if processes.rank == 0:
         by = f", drawn by {processes.count} processes" if processes.count > 1 else ""
-        print(f"{len(digits)} images in {args.out}{by}")
+        say(f"{len(digits)} images in {args.out}{by}")
     return [args.out / digit.file for digit in mine]
 
 

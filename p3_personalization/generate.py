@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import Parser, UserError, run
 from common.images import clear_way, staged, to_pil
+from common.progress import Progress, say
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from common.stable_diffusion.base import Base, load_base
 from common.stable_diffusion.drawing import draw_prompts
@@ -90,7 +90,7 @@ def pictures(base: Base, prompts: Sequence[tuple[str, int]], options: DrawingOpt
     """
     keys = [(options.seed, zlib.crc32(prompt.encode()), number) for prompt, number in prompts]
     start, size = 0, options.batch_size
-    with tqdm(total=len(prompts), desc="pictures", unit="", disable=None) as bar:
+    with Progress(len(prompts), "pictures", "picture") as phase:
         while start < len(prompts):
             texts = [prompt for prompt, _ in prompts[start : start + size]]
             own = keys[start : start + size]
@@ -112,7 +112,7 @@ def pictures(base: Base, prompts: Sequence[tuple[str, int]], options: DrawingOpt
             else:
                 yield from batch
                 start += len(batch)
-                bar.update(len(batch))
+                phase.update(len(batch))
                 continue
             if base.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -203,13 +203,15 @@ def parse_arguments(argv: list[str] | None = None):
         "base", type=Path, nargs="?", default=BASE, metavar="SD_CKPT",
         help="the frozen model: Stable Diffusion v1 as one file or as a diffusers folder",
     )  # fmt: skip
-    parser.add_argument(
+    learned = parser.add_argument_group("learned")
+    learned.add_argument(
         "--words", type=Path, nargs="+", metavar="FILE",
         help=f"learned words (default: the shipped ones, or with another base {'/'.join(OWN_WORDS.parts[-2:])})",
     )  # fmt: skip
-    parser.add_argument("--custom", type=Path, metavar="FILE", help="what custom_diffusion.py learned, instead")
-    parser.add_argument("--count", type=int, default=COUNT, help="pictures of each prompt; the grader wants 25")
-    parser.add_argument("--overwrite", action="store_true", help="remove other files from the prompts' folders")
+    learned.add_argument("--custom", type=Path, metavar="FILE", help="what custom_diffusion.py learned, instead")
+    files = parser.add_argument_group("pictures")
+    files.add_argument("--count", type=int, default=COUNT, help="pictures of each prompt; the grader wants 25")
+    files.add_argument("--overwrite", action="store_true", help="remove other files from the prompts' folders")
     add_drawing_arguments(parser)
     return parser.parse_args(argv)
 
@@ -241,7 +243,7 @@ def main(args) -> list[Path]:
         for (file, _, _), picture in zip(wanted, drawn):
             (stage / file).parent.mkdir(parents=True, exist_ok=True)
             to_pil(picture).save(stage / file, format="PNG")
-    print(f"{len(wanted)} pictures in {args.out}")
+    say(f"{len(wanted)} pictures in {args.out}")
     return [args.out / file for file, _, _ in wanted]
 
 

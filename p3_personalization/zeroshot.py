@@ -7,7 +7,6 @@ Prints the share of pictures whose class comes first (top-1) and among the first
 and examples.png: five successes and five failures, with the five classes that CLIP thinks likeliest.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.checkpoint import write_atomically
 from common.clip import Clip
 from common.colour import COLOURS
 from common.errors import Parser, UserError, run
 from common.images import check_output_folder, staged
+from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from p3_personalization.labelled import Examples, circle_examples, distinct_colours, read_examples
 
@@ -151,24 +150,27 @@ def parse_arguments(argv: list[str] | None = None):
     parser.add_argument(
         "data", type=Path, nargs="?", metavar="DATA", help="folder with id2label.json and val/ (default: drawn circles)"
     )
-    parser.add_argument("--clip", type=Path, default=CLIP, metavar="FOLDER", help="CLIP in transformers' format")
-    parser.add_argument(
+    judged = parser.add_argument_group("CLIP")
+    judged.add_argument("--clip", type=Path, default=CLIP, metavar="FOLDER", help="CLIP in transformers' format")
+    judged.add_argument(
         "--templates",
         nargs="+",
         metavar="TEXT",
         help=f'{{}} stands for the class (default: "{TEMPLATE}"; for circles "{{}} circle with ... background", with'
         " every colour there is)",
     )
-    parser.add_argument(
+    judged.add_argument(
         "--combine", choices=COMBINATIONS, help="of several templates: their mean, or the best (default for circles)"
     )
-    parser.add_argument("--classes", type=int, default=50, help="of circles: so many unlike colours")
-    parser.add_argument("--count", type=int, default=1000, help="of circles: pictures")
-    parser.add_argument("--seed", type=int, default=0, help="of circles: the same seed gives the same pictures")
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "p3_zeroshot", help="folder for the figures")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of CLIP")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    circles = parser.add_argument_group("circles")
+    circles.add_argument("--classes", type=int, default=50, help="so many unlike colours")
+    circles.add_argument("--count", type=int, default=1000, help="pictures")
+    circles.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures")
+    files = parser.add_argument_group("figures")
+    files.add_argument("--out", type=Path, default=ROOT / "outputs" / "p3_zeroshot", help="folder for the figures")
+    add_json_argument(parser)
+    judged.add_argument("--precision", choices=PRECISIONS, default="auto", help="of CLIP")
+    judged.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser.parse_args(argv)
 
 
@@ -182,8 +184,8 @@ def main(args) -> dict[str, Any]:
         raise UserError(f"--classes {args.classes} --count {args.count}: from 2 to {len(COLOURS)}, and at least 1")
     if odd := [template for template in args.templates or () if "{}" not in template]:
         raise UserError(f"--templates {odd[0]!r}: has no {{}} for the class, as in {TEMPLATE!r}")
-    for folder in (args.out, *([args.json.parent] if args.json else [])):
-        check_output_folder(folder)
+    check_output_folder(args.out)
+    check_json(args.json)
     device = pick_device(args.device)
     clip = Clip(args.clip, device, pick_precision(args.precision, device))
     if args.data:
@@ -204,8 +206,7 @@ def main(args) -> dict[str, Any]:
         confusion_figure(result["confusion"], examples.classes, title).savefig(stage / "confusion.png", dpi=120)
         scale = clip.model.logit_scale.exp().item()
         examples_figure(examples, scores, scale).savefig(stage / "examples.png", dpi=120)
-    if args.json:
-        write_atomically(args.json, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
+    write_json(args.json, result)
     print(f"{title}; confusion.png, examples.png in {args.out}")
     return result
 

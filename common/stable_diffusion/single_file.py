@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from common.checkpoint import load_strictly, save_tensors
 from common.errors import UserError
+from common.progress import say
 from common.stable_diffusion.conversion import original_text_names, original_unet_names, original_vae_names
 from common.stable_diffusion.weights_file import (
     CONTROL,
@@ -209,6 +210,7 @@ def converted(file: WeightsFile, copy: Path) -> WeightsFile:
         file: a `.ckpt` of Stable Diffusion v1.
         copy: to write.
     """
+    say(f"{file.path}: keeping a copy that is read sooner, {copy}")
     state, tensors = unpickled(file.path), {}
     for prefix, *_ in MODELS.values():
         tensors |= {prefix + original: state[stored] for original, stored in part(file, prefix).items()}

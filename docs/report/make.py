@@ -25,6 +25,7 @@ import torch
 from common.checkpoint import load_about, write_atomically
 from common.errors import Parser, UserError, run
 from common.images import check_output_folder
+from common.progress import progress, say
 from docs.report.page import Part, Table, page
 from docs.report.sections import SECTIONS, Command, Section
 from docs.report.tables import ROOT, shown
@@ -61,7 +62,7 @@ class Runner:
         if words not in self.seconds:
             for file in command.makes:  # what an earlier report left must not pass for new
                 file.unlink(missing_ok=True)
-            print(f"python {shlex.join(words)}", flush=True)
+            say(f"python {shlex.join(words)}")
             start = perf_counter()
             done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
             self.seconds[words] = perf_counter() - start
@@ -127,11 +128,13 @@ def facts(args: Namespace, seconds: float) -> Table:
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="make.py", description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "report", help="folder of the report")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="which problems")
-    parser.add_argument("--seed", type=int, default=0, help="of all figures")
+    report = parser.add_argument_group("report")
+    report.add_argument("--out", type=Path, default=ROOT / "outputs" / "report", help="folder of the report")
+    report.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="which problems")
+    report.add_argument("--seed", type=int, default=0, help="of all figures")
     p1 = parser.add_argument_group("problem 1")
-    p1.add_argument("--p1-weights", type=Path, default=ROOT / "p1_ddpm" / "weights" / "digits.safetensors")
+    digits = ROOT / "p1_ddpm" / "weights" / "digits.safetensors"
+    p1.add_argument("--p1-weights", type=Path, default=digits, help="weights of train.py")
     p1.add_argument("--p1-data", type=Path, help="the course's digits folder, if not hw2_data/digits")
     p1.add_argument("--p1-classifier", type=Path, help="the course's Classifier.pth, which then judges too")
     p2, faces = parser.add_argument_group("problem 2"), ROOT / "p2_ddim"
@@ -181,13 +184,13 @@ def main(args) -> Path:
             setattr(args, name, value.absolute())
     start, runner = perf_counter(), Runner()
     sections = [section for name, make in SECTIONS.items() if name in args.only for section in make(args)]
-    parts = [part_of(section, runner, args.seed) for section in sections]
+    parts = [part_of(section, runner, args.seed) for section in progress(sections, "report", "section")]
     text = page(TITLE, INTRODUCTION, facts(args, perf_counter() - start), parts)
     path = args.out / "index.html"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     absent = [part.text.title for part in parts if part.absent]
     left_out = f", without: {'; '.join(absent)}" if absent else ""
-    print(f"{path}: {len(parts) - len(absent)} of {len(parts)} sections{left_out}")
+    say(f"{path}: {len(parts) - len(absent)} of {len(parts)} sections{left_out}")
     if runner.failures:
         raise UserError("; ".join(runner.failures.values()) + f"; the rest is in {path}")
     return path
