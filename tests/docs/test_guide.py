@@ -1,0 +1,99 @@
+"""The pages for the reader: every link leads somewhere, every function that is named is where its link says."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ablations import ABLATIONS
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = [ROOT / "docs" / f"p{problem}.md" for problem in (1, 2, 3)]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "scale.md", *GUIDE]
+LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """Texts and targets of a page's links, not of what stands between fences."""
+    return LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8")))
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Functions, classes and constants that a module or class defines; those within classes after a dot."""
+    names = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef):
+            names |= {node.name, *(f"{node.name}.{name}" for name in names_in(node))}
+        elif isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def anchor(heading: str) -> str:
+    """What GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for text, target in links(page):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, fragment = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"[{text}]({target})"
+        if fragment:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert fragment in {anchor(heading) for heading in headings}, target
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.name)
+def test_functions_are_where_their_links_say(page):
+    """A link to a program has a name in backticks for its text, which that file defines."""
+    named = [(text, target) for text, target in links(page) if target.endswith(".py")]
+    assert len(named) >= 10
+    for text, target in named:
+        name = re.fullmatch(r"`([\w.]+)`", text)
+        assert name, f"[{text}]({target})"
+        tree = ast.parse((page.parent / target).read_text(encoding="utf-8"))
+        assert name[1] in names_in(tree), f"{target} has no {name[1]}"
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.name)
+def test_no_figures_are_typed_in(page):
+    """Percentages, decimals and seconds stand in blocks that the program writes, and nowhere else."""
+    text = page.read_text(encoding="utf-8")
+    for name in (name for name, ablation in ABLATIONS.items() if ablation.page == page.name):
+        block = rf"<!-- {name} -->.*?<!-- end of {name} -->"
+        assert len(re.findall(block, text, re.DOTALL)) == 1
+        text = re.sub(block, "", text, flags=re.DOTALL)
+    assert not re.search(r"\d+\.\d|\d ?%|\d (seconds|minutes)", text)
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.name)
+def test_the_mathematics_closes(page):
+    """Braces and dollars come in pairs, and fences are closed; GitHub shows the source else."""
+    text = page.read_text(encoding="utf-8")
+    assert text.count("```") % 2 == 0
+    formulas = re.findall(r"^```math\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert formulas
+    plain = re.sub(r"`[^`\n]+`", "", FENCED.sub("", text))
+    for paragraph in plain.split("\n\n"):
+        assert paragraph.count("$") % 2 == 0, paragraph
+    formulas += re.findall(r"\$([^$]+)\$", plain)
+    for formula in formulas:
+        depth = 0
+        for mark in re.sub(r"\\[{}]", "", formula):
+            depth += {"{": 1, "}": -1}.get(mark, 0)
+            assert depth >= 0, formula
+        assert depth == 0, formula
+        assert len(re.findall(r"\\left\b", formula)) == len(re.findall(r"\\right\b", formula))
+
+
+def test_the_readme_leads_to_every_page():
+    targets = {target for _, target in links(ROOT / "README.md")}
+    assert {f"docs/{page.name}" for page in GUIDE} <= targets
