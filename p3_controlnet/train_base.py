@@ -33,7 +33,7 @@ DEFAULTS = {
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="train_base.py", description=__doc__)
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="{vae,clip,unet}")
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="{vae,clip,unet}", help="the part")
     for name, function in STAGES.items():
         about = function.__doc__.splitlines()[0]
         stage = stages.add_parser(name, prog=f"train_base.py {name}", description=about, help=about)

@@ -8,6 +8,7 @@ import pytest
 from common import progress as module
 from common.errors import Parser, run
 from common.progress import Progress, progress, say, silenced
+from tests.toy_training import train
 
 
 class Terminal:
@@ -121,3 +122,17 @@ def test_a_phase_that_fails_is_over(capsys):
     with pytest.raises(KeyError), Progress(3, "faces", "step"):
         raise KeyError
     assert module._phases == []
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_log_of_a_training_run_gets_one_line_and_its_losses(tmp_path, capsys):
+    def drawn_meanwhile(model):
+        return sum(p.square().sum() for _ in progress("abc", "pictures", "step") for p in model.parameters())
+
+    train(tmp_path, steps=4, validate_every=2, validate=drawn_meanwhile)
+    told = capsys.readouterr()
+    assert [line.partition(",")[0] for line in told.err.splitlines()] == ["train: 4 steps"]
+    assert [line.partition(":")[0] for line in told.out.splitlines()] == ["step 2", "step 4"]
+    with silenced():
+        train(tmp_path, steps=6, validate_every=2, validate=drawn_meanwhile)
+    assert capsys.readouterr() == ("", "")

@@ -1,5 +1,6 @@
 """Slerp against its closed form; strips, lengths and the walk."""
 
+import json
 import math
 
 import numpy as np
@@ -122,6 +123,21 @@ def test_strips_and_lengths(noise_folder, tmp_path, face_weights):
     assert not same.all()
 
 
+def test_lengths_are_there_for_machines(noise_folder, tmp_path, face_weights):
+    file = tmp_path / "lengths.json"
+    args = flags(noise_folder, tmp_path / "out", face_weights, "--between", "02", "00", "--json", str(file))
+    interpolate.main(interpolate.parse_arguments(args))
+    result = json.loads(file.read_text())
+    a, b = (torch.load(noise_folder / f"{name}.pt", weights_only=True).double() for name in ("02", "00"))
+    assert result["between"] == ["02", "00"]
+    assert result["sqrt_d"] == pytest.approx(math.sqrt(a.numel()))
+    assert result["alphas"] == pytest.approx([k / 10 for k in range(11)])
+    straight = [float(((1 - alpha) * a + alpha * b).norm()) for alpha in result["alphas"]]
+    assert result["lerp"] == pytest.approx(straight, rel=1e-5)
+    assert [result["slerp"][k] for k in (0, -1)] == pytest.approx([float(a.norm()), float(b.norm())], rel=1e-5)
+    assert min(result["slerp"]) > max(result["lerp"][3:8])
+
+
 def test_walk_returns_to_where_it_began(noise_folder, tmp_path, face_weights):
     args = flags(noise_folder, tmp_path / "out", face_weights, "--walk", "--frames", "3")
     (path,) = interpolate.main(interpolate.parse_arguments(args))
@@ -152,6 +168,7 @@ def test_some_figures(noise_folder, tmp_path, face_weights):
     [
         (interpolate, ["--between", "00", "77"], "noise 77"),
         (interpolate, ["--frames", "0"], "--frames 0"),
+        (interpolate, ["--walk", "--json", "lengths.json"], "leave --walk or --json out"),
         (figures, ["--faces", "0"], "--faces 0"),
         (figures, ["--eta", "-1"], "--eta -1"),
     ],

@@ -1,0 +1,110 @@
+"""Every program helps in the same way: its flags by groups, an example that runs, --quiet, and no clutter in a log."""
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from common import progress
+from common.errors import Parser, run
+from p2_ddim import make_examples as make_noises
+from p3_controlnet import fill50k, make_examples
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("p1_ddpm", "p2_ddim", "p3_controlnet", "p3_personalization", "benchmarks", "docs/report", "studio")
+    for path in (ROOT / folder).glob("*.py")
+    if "def parse_arguments(" in path.read_text(encoding="utf-8")
+)
+MEASURING = [script for script in SCRIPTS if script.endswith(("/evaluate.py", "/quality.py", "/zeroshot.py"))]
+MEASURING += ["p2_ddim/interpolate.py", "benchmarks/p1.py", "benchmarks/p2.py", "benchmarks/p3.py"]
+MEASURING += ["benchmarks/scale.py", "benchmarks/sd_full_size.py"]
+EXAMPLE = re.compile(r"^\s*(python .+?)(?:\s+#.*)?$", re.MULTILINE)
+
+
+def module_of(script):
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
+@pytest.fixture
+def parsers(monkeypatch):
+    """A function from a script to the parsers that it makes, the first one that of its whole command line."""
+
+    def made(script):
+        parsers, make = [], Parser.__init__
+
+        def remember(self, **options):
+            make(self, **options)
+            parsers.append(self)
+
+        monkeypatch.setattr(Parser, "__init__", remember)
+        with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit):
+            module_of(script).parse_arguments(["--help"])
+        return parsers
+
+    return made
+
+
+def flags_of(parser):
+    return {flag for action in parser._actions for flag in action.option_strings}
+
+
+def test_all_programs_are_looked_at():
+    assert len(SCRIPTS) >= 33
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_stand_in_groups_with_a_word_on_each(script, parsers):
+    for parser in parsers(script):
+        assert {"-q", "--quiet"} <= flags_of(parser)
+        general, *groups = [group for group in parser._action_groups if group.title != "positional arguments"]
+        assert general.title == "general"
+        loose = {flag for action in general._group_actions for flag in action.option_strings}
+        assert loose <= {"-h", "--help", "-q", "--quiet", "--json"}
+        assert any(group._group_actions for group in groups) or len(loose) == len(flags_of(parser))
+        assert [action.dest for action in parser._actions if not action.help] == []
+        shown = " ".join(parser.format_help().split())
+        assert shown.count("(default: ") >= sum(
+            action.default not in (None, argparse.SUPPRESS, False, (), []) for action in parser._actions
+        )
+        assert "Path(" not in shown
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_examples_can_be_parsed(script):
+    module = module_of(script)
+    commands = [line for text in EXAMPLE.findall(inspect.getdoc(module)) for line in text.split("&&")]
+    own = [words for words in map(shlex.split, commands) if Path(words[1]).name == Path(script).name]
+    assert own
+    for words in own:
+        assert isinstance(module.parse_arguments(words[2:]), argparse.Namespace)
+
+
+@pytest.mark.parametrize("script", sorted(MEASURING))
+def test_what_is_measured_is_there_for_machines(script, parsers):
+    assert "--json" in flags_of(parsers(script)[0])
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "lines"),
+    [
+        (fill50k, ["--count", "3", "--size", "32"], ["circles: 3 images"]),
+        (make_examples, ["--size", "32"], []),
+        (make_noises, ["--noise-only", "8", "--out"], []),
+    ],
+)
+def test_a_log_gets_a_line_a_phase_and_nothing_with_quiet(program, flags, lines, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LONG", 0.0)
+    for quiet in ([], ["--quiet"]):
+        run(program.main, program.parse_arguments([*flags, str(tmp_path / "out"), *quiet]))
+        out, err = capsys.readouterr()
+        assert "\r" not in out + err
+        assert [line.partition(",")[0] for line in err.splitlines()] == ([] if quiet else lines)
+        assert not (quiet and out)
