@@ -27,8 +27,9 @@ from common.progress import Progress, silenced
 from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, autocast, pick_device, pick_precision
 from common.stable_diffusion.base import Base, load_base
+from common.stable_diffusion.flags import DTYPES
 from p3_controlnet.model import ControlNet
-from p3_controlnet.sample import BASE, CONTROLNET, DTYPES, EXAMPLES
+from p3_controlnet.sample import BASE, CONTROLNET, EXAMPLES
 from p3_controlnet.sampler import HintSampler, SamplingOptions
 from p3_controlnet.train import control_loss
 

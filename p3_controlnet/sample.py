@@ -11,17 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
 from common.errors import Parser, UserError, run
 from common.images import staged, to_pil
 from common.pairs import read_hints, read_pairs, readable_pairs
 from common.progress import say
-from common.runtime import PRECISIONS, pick_device, pick_precision
-from common.stable_diffusion.base import load_base
-from common.stable_diffusion.single_file import cache_folder
+from common.stable_diffusion.flags import GUIDANCE_SCALE, add_drawing_flags, base_from
 from p3_controlnet.model import ControlNet, check_fit
-from p3_controlnet.sampler import GUIDANCE_SCALE, SAMPLERS, HintSampler, SamplingOptions
+from p3_controlnet.sampler import HintSampler, SamplingOptions
 
 HERE = Path(__file__).resolve().parent
 BASE, CONTROLNET = HERE / "weights" / "base", HERE / "weights" / "controlnet"
@@ -29,12 +25,11 @@ BASE, CONTROLNET = HERE / "weights" / "base", HERE / "weights" / "controlnet"
 OWN_CONTROLNET = HERE.parent / "checkpoints" / "controlnet_sd.safetensors"
 EXAMPLES = HERE / "examples"
 OUTPUT = HERE.parent / "outputs" / "p3"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_sampling_arguments(parser: Parser) -> None:
     """The arguments of everything that draws with a ControlNet; see `sampler_from`."""
-    group = parser.add_argument_group("sampling")
+    group = add_drawing_flags(parser, "ddim", "the ControlNet's own")
     group.add_argument(
         "--controlnet",
         type=Path,
@@ -44,12 +39,6 @@ def add_sampling_arguments(parser: Parser) -> None:
         f" {'/'.join(OWN_CONTROLNET.parts[-2:])})",
     )
     group.add_argument("--size", type=int, metavar="PIXELS", help="side of the pictures (default: the base's)")
-    group.add_argument("--steps", type=int, default=20, help="steps of the reverse process")
-    group.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures")
-    group.add_argument(
-        "--guidance-scale", type=float, help=f"1 = off (default: the ControlNet's own, else {GUIDANCE_SCALE})"
-    )
-    group.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="reverse process")
     group.add_argument(
         "--control-scale", type=float, nargs="+", default=[1.0], metavar="S", help="strength: one, or one a ControlNet"
     )
@@ -64,10 +53,6 @@ def add_sampling_arguments(parser: Parser) -> None:
         help="larger pictures are drawn in patches (default: the base's size)",
     )
     group.add_argument("--patch-stride", type=int, metavar="PIXELS", help="between patches (default: half a patch)")
-    group.add_argument("--batch-size", type=int, default=8, help="pictures at a time; bounds the memory")
-    group.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the networks")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument("--cache-dir", type=Path, default=cache_folder(), help="where a .ckpt is kept as safetensors")
 
 
 def parse_arguments(argv: list[str] | None = None):
@@ -116,8 +101,7 @@ def sampler_from(args) -> HintSampler:
     own_scale = chosen["guidance_scale"] is None
     options = SamplingOptions(**chosen | ({"guidance_scale": GUIDANCE_SCALE} if own_scale else {}))
     paths = args.controlnet or [default_controlnet(args.base)]
-    device = pick_device(args.device)
-    base = load_base(args.base, device, DTYPES[pick_precision(args.precision, device)], args.cache_dir)
+    base = base_from(args)
     controlnets = []
     for path in paths:
         controlnet, about = ControlNet.load(path)

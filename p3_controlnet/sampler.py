@@ -17,12 +17,10 @@ from common.pairs import Pair
 from common.progress import Progress
 from common.sampling import ImageNoise, guided, reverse_process
 from common.stable_diffusion.base import Base, quiet
+from common.stable_diffusion.flags import GUIDANCE_SCALE
 from p3_controlnet.model import ControlNet
 from p3_controlnet.patches import in_patches
 from p3_controlnet.unet import ControlledUNet, guess_scales
-
-SAMPLERS = ("ddim", "dpm-solver++")
-GUIDANCE_SCALE = 7.5  # what Stable Diffusion is usually drawn with
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class SamplingOptions:
         steps: steps of the reverse process.
         seed: the same seed gives the same pictures.
         guidance_scale: 1 = off.
-        sampler: one of `SAMPLERS`.
+        sampler: one of flags.py's `SAMPLERS`.
         control_scale: strength of the control, one number or one a ControlNet.
         control_scales: further strengths, one a residual: the skips', finest first, then the middle's.
         guess_mode: control the conditional half alone, and less the finer a residual is.

@@ -23,10 +23,9 @@ from torch import Tensor
 from common.errors import Parser, UserError, run
 from common.images import clear_way, staged, to_pil
 from common.progress import Progress, say
-from common.runtime import PRECISIONS, pick_device, pick_precision
-from common.stable_diffusion.base import Base, load_base
+from common.stable_diffusion.base import Base
 from common.stable_diffusion.drawing import draw_prompts
-from common.stable_diffusion.single_file import cache_folder
+from common.stable_diffusion.flags import GUIDANCE_SCALE, add_drawing_flags, base_from
 from p3_personalization.table import COUNT, read_table
 from p3_personalization.words import add_words, check_prompts, load_all_words
 
@@ -38,10 +37,8 @@ WORDS = HERE / "weights" / "words.safetensors"
 OWN_WORDS = ROOT / "checkpoints" / "words_sd.safetensors"
 EXAMPLES = HERE / "examples"
 OUTPUT = ROOT / "outputs" / "p3_2024"
-SAMPLERS = ("dpm-solver++", "ddim")
-GUIDANCE_SCALE = 7.5  # what Stable Diffusion is usually drawn with
+SAMPLER = "dpm-solver++"
 MINIATURE_GUIDANCE_SCALE = 2.0
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class DrawingOptions:
         steps: steps of the reverse process.
         seed: the same seed gives the same pictures.
         guidance_scale: 1 = off.
-        sampler: one of `SAMPLERS`.
+        sampler: one of flags.py's `SAMPLERS`.
         batch_size: pictures at a time; does not change them.
 
     Raises:
@@ -62,7 +59,7 @@ class DrawingOptions:
     steps: int = 20
     seed: int = 0
     guidance_scale: float = GUIDANCE_SCALE
-    sampler: str = SAMPLERS[0]
+    sampler: str = SAMPLER
     batch_size: int = 8
 
     def __post_init__(self):
@@ -143,19 +140,7 @@ def default_words(base: Path) -> Path:
 
 def add_drawing_arguments(parser: Parser) -> None:
     """The arguments of everything that draws learned words."""
-    group = parser.add_argument_group("drawing")
-    group.add_argument("--steps", type=int, default=20, help="steps of the reverse process")
-    group.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures")
-    group.add_argument(
-        "--guidance-scale",
-        type=float,
-        help=f"1 = off (default: {MINIATURE_GUIDANCE_SCALE} for the miniature, else {GUIDANCE_SCALE})",
-    )
-    group.add_argument("--sampler", choices=SAMPLERS, default=SAMPLERS[0], help="reverse process")
-    group.add_argument("--batch-size", type=int, default=8, help="pictures at a time; bounds the memory")
-    group.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the networks")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument("--cache-dir", type=Path, default=cache_folder(), help="where a .ckpt is kept as safetensors")
+    add_drawing_flags(parser, SAMPLER, f"{MINIATURE_GUIDANCE_SCALE} for the miniature")
 
 
 def drawing_options(args) -> DrawingOptions:
@@ -172,9 +157,8 @@ def drawing_options(args) -> DrawingOptions:
 
 def load_plain(args) -> Base:
     """The frozen base that the arguments name, on its device and in its precision."""
-    device = pick_device(args.device)
-    base = load_base(args.base, device, DTYPES[pick_precision(args.precision, device)], args.cache_dir)
-    if device.type == "cpu":
+    base = base_from(args)
+    if base.device.type == "cpu":
         base.unet.to(memory_format=torch.contiguous_format)  # group norm in bf16 is several times slower otherwise
     return base
 

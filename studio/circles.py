@@ -13,8 +13,9 @@ from common.colour import COLOURS
 from common.images import grid, to_pil, to_uint8
 from common.pairs import Pair
 from common.sampling import reverse_process
+from common.stable_diffusion.flags import SAMPLERS
 from p3_controlnet.sample import BASE, default_controlnet, sampler_from
-from p3_controlnet.sampler import SAMPLERS, HintSampler
+from p3_controlnet.sampler import HintSampler
 from studio.parts import Kept, Status, choice, number, whole
 
 MOST_STEPS, MOST_STRENGTH, MOST_GUIDANCE = 100, 2, 15

@@ -8,8 +8,8 @@ import gradio as gr
 from common.colour import COLOURS
 from common.errors import UserError
 from common.sampling import METHODS
+from common.stable_diffusion.flags import SAMPLERS
 from p1_ddpm.digits import DOMAINS
-from p3_controlnet.sampler import SAMPLERS
 from studio import circles as circle_page
 from studio import digits as digit_page
 from studio import faces as face_page
@@ -237,7 +237,7 @@ def words_tab(words: Words, page: gr.Blocks) -> None:
             count = gr.Slider(1, word_page.MOST_PICTURES, 4, step=1, label="pictures")
             guidance = gr.Slider(0, word_page.MOST_GUIDANCE, words.guidance(), step=0.5, label="guidance")
             steps = gr.Slider(1, word_page.MOST_STEPS, 10, step=1, label="steps")
-            method = gr.Radio(word_page.SAMPLERS, value="dpm-solver++", label="sampler")
+            method = gr.Radio(SAMPLERS, value="dpm-solver++", label="sampler")
             seed = gr.Number(0, label="seed", precision=0)
             button, stop, status = buttons("words")
         with gr.Column(scale=2):

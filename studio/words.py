@@ -10,8 +10,8 @@ from PIL import Image
 
 from common.images import grid, to_pil
 from common.stable_diffusion.base import Base
+from common.stable_diffusion.flags import SAMPLERS
 from p3_personalization.generate import (
-    SAMPLERS,
     DrawingOptions,
     default_words,
     drawing_options,

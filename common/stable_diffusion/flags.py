@@ -1,10 +1,10 @@
 """The flags of everything that draws with a latent diffusion, and the base that they name."""
 
-from argparse import _ArgumentGroup
 from pathlib import Path
 
 import torch
 
+from common.errors import Parser
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from common.stable_diffusion.base import Base, load_base
 from common.stable_diffusion.single_file import cache_folder
@@ -14,14 +14,15 @@ GUIDANCE_SCALE = 7.5  # what Stable Diffusion is usually drawn with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def add_drawing_flags(group: _ArgumentGroup, sampler: str, guidance: str) -> None:
-    """Add them to a group of arguments; a guidance scale that is not given is None.
+def add_drawing_flags(parser: Parser, sampler: str, guidance: str):
+    """Add them as a group; returns it, for further flags. A guidance scale that is not given is None.
 
     Args:
-        group: of a parser.
+        parser: gets the group.
         sampler: one of `SAMPLERS`, the default.
-        guidance: whose scale is the default, for the help.
+        guidance: what decides about the guidance scale first, for the help.
     """
+    group = parser.add_argument_group("drawing")
     group.add_argument("--steps", type=int, default=20, help="steps of the reverse process")
     group.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures")
     group.add_argument("--guidance-scale", type=float, help=f"1 = off (default: {guidance}, else {GUIDANCE_SCALE})")
@@ -30,6 +31,7 @@ def add_drawing_flags(group: _ArgumentGroup, sampler: str, guidance: str) -> Non
     group.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the networks")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     group.add_argument("--cache-dir", type=Path, default=cache_folder(), help="where a .ckpt is kept as safetensors")
+    return group
 
 
 def base_from(args) -> Base:

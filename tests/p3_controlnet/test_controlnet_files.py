@@ -149,3 +149,15 @@ def test_without_one_the_line_says_where_and_how(draw, tmp_path):
 def test_the_place_is_in_the_repository():
     root = Path(sample.__file__).resolve().parent.parent
     assert root / "checkpoints" / "controlnet_sd.safetensors" == sample.OWN_CONTROLNET
+
+
+def test_the_controlnets_own_guidance_is_the_default(pipeline_folder, controlnet_folder, tmp_path):
+    controlnet, _ = ControlNet.load(controlnet_folder)
+    controlnet.save(tmp_path / "own", {"guidance_scale": 3.0})
+    for folder, flags, expected in (
+        (controlnet_folder, [], 7.5),
+        (tmp_path / "own", [], 3.0),
+        (tmp_path / "own", ["--guidance-scale", "1"], 1.0),
+    ):
+        arguments = ["prompt.json", "source", "out", str(pipeline_folder), "--controlnet", str(folder), *flags]
+        assert sample.sampler_from(sample.parse_arguments(arguments)).options.guidance_scale == expected

@@ -14,6 +14,7 @@ from common.pairs import read_hints, read_pairs
 from common.sampling import ImageNoise
 from common.sampling import draw as draw_latents
 from common.stable_diffusion.base import Base, load_base
+from common.stable_diffusion.flags import SAMPLERS
 from p3_controlnet import sample
 from p3_controlnet.model import ControlNet, HintEncoder
 from p3_controlnet.sampler import HintSampler, SamplingOptions
@@ -255,7 +256,7 @@ def test_a_batch_that_does_not_fit_is_halved(
 
 
 def test_both_samplers_draw(hint_folder, draw, tmp_path):
-    ddim, solver = (draw(hint_folder, tmp_path / name, "--sampler", name) for name in sample.SAMPLERS)
+    ddim, solver = (draw(hint_folder, tmp_path / name, "--sampler", name) for name in SAMPLERS)
     assert all(not np.array_equal(ddim[name], solver[name]) for name in ddim)
 
 
@@ -289,15 +290,3 @@ def test_without_arguments_it_draws_what_comes_with_the_project(
     files = sample.main(sample.parse_arguments(["--steps", "1"]))
     assert files == [tmp_path / "out" / f"{k}.png" for k in range(5)]
     assert all(Image.open(path).size == (64, 64) for path in files)
-
-
-def test_the_controlnets_own_guidance_is_the_default(pipeline_folder, controlnet_folder, tmp_path):
-    controlnet, _ = ControlNet.load(controlnet_folder)
-    controlnet.save(tmp_path / "own", {"guidance_scale": 3.0})
-    for folder, flags, expected in (
-        (controlnet_folder, [], 7.5),
-        (tmp_path / "own", [], 3.0),
-        (tmp_path / "own", ["--guidance-scale", "1"], 1.0),
-    ):
-        arguments = ["prompt.json", "source", "out", str(pipeline_folder), "--controlnet", str(folder), *flags]
-        assert sample.sampler_from(sample.parse_arguments(arguments)).options.guidance_scale == expected
