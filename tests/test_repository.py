@@ -1,10 +1,9 @@
-"""What a grader and a fresh machine meet first: the wrappers, the weights check, `make`, and the README's map."""
+"""What a fresh machine meets first: shell files that run, whole weights, `make setup`, and the README's map."""
 
 import hashlib
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import time
@@ -12,172 +11,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.shell import ENVIRONMENT, ROOT, call, executable
+
 SHELL_FILES = [*sorted(ROOT.glob("*.sh")), ROOT / ".ci" / "run"]
-PROGRAMS = {
-    "hw2_1.sh": "p1_ddpm/sample.py",
-    "hw2_2.sh": "p2_ddim/sample.py",
-    "hw2_3.sh": "p3_controlnet/sample.py",
-    "hw2_3_2024.sh": "p3_personalization/generate.py",
-}
-ARGUMENTS = {
-    "hw2_1.sh": ["out dir"],
-    "hw2_2.sh": ["noise dir", "out dir", "UNet.pt"],
-    "hw2_3.sh": ["my prompt.json", "hint dir", "out dir", "sd-v1-4.ckpt"],
-    "hw2_3_2024.sh": ["my input.json", "out dir", "sd-v1-4.ckpt"],
-}
-# Variables of an outer make would reach the inner one.
-ENVIRONMENT = {
-    name: value
-    for name, value in os.environ.items()
-    if name not in ("PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEFILES", "CDPATH")
-}
-
-
-def call(*command, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
-    """Run a command to its end, with stdout and stderr as text."""
-    arguments = [str(word) for word in command]
-    env = ENVIRONMENT | {name: str(value) for name, value in environment.items()}
-    return subprocess.run(
-        arguments, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
-    )
-
-
-def executable(path: Path, script: str) -> Path:
-    """Write a shell script that can be run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("#!/usr/bin/env bash\n" + script)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
-
-
-def recorder(path: Path, name: str) -> Path:
-    """A stand-in for Python that prints its name, its folder and its arguments, one a line."""
-    return executable(path, f'printf "%s\\n" "{name}" "$PWD" "$@"\n')
-
-
-@pytest.fixture
-def tree(tmp_path) -> Path:
-    """The wrappers alone, in a folder whose name has spaces."""
-    tree = tmp_path / "a tree"
-    tree.mkdir()
-    for script in ROOT.glob("*.sh"):
-        shutil.copy(script, tree)
-    return tree
 
 
 @pytest.mark.parametrize("path", SHELL_FILES, ids=lambda path: path.name)
 def test_shell_files_parse_and_can_be_run(path):
     assert call("bash", "-n", path).stderr == ""
     assert os.access(path, os.X_OK)
-
-
-class TestWrappers:
-    """The grader's commands with a stand-in for Python that says how it was called."""
-
-    @pytest.fixture(params=PROGRAMS)
-    def script(self, request) -> str:
-        return request.param
-
-    def test_hands_on_every_argument_from_the_callers_folder(self, tree, tmp_path, script):
-        python = recorder(tmp_path / "my python", "named")
-        caller = tmp_path / "called from here"
-        caller.mkdir()
-        arguments = [*ARGUMENTS[script], "--seed", "3", "two words"]
-        result = call("bash", tree / script, *arguments, cwd=caller, PYTHON=python)
-        expected = ["named", str(caller), str(tree / PROGRAMS[script]), *arguments]
-        assert (result.returncode, result.stdout.splitlines()) == (0, expected)
-
-    def test_named_python_then_venv_then_path(self, tree, tmp_path, script):
-        named = recorder(tmp_path / "named", "named")
-        recorder(tmp_path / "bin" / "python3", "path")
-        path = f"{tmp_path / 'bin'}:{ENVIRONMENT['PATH']}"
-
-        def which_python(**environment) -> str:
-            result = call("bash", tree / script, *ARGUMENTS[script], PATH=path, **environment)
-            return result.stdout.splitlines()[0]
-
-        assert which_python() == "path"
-        recorder(tree / ".venv" / "bin" / "python", "venv")
-        assert which_python() == "venv"
-        assert which_python(PYTHON=named) == "named"
-
-    def test_works_through_a_symlink(self, tree, tmp_path, script):
-        python = recorder(tmp_path / "python", "named")
-        link = tmp_path / "link.sh"
-        link.symlink_to(tree / script)
-        result = call("bash", link, *ARGUMENTS[script], PYTHON=python)
-        assert result.stdout.splitlines()[2] == str(tree / PROGRAMS[script])
-
-    @pytest.mark.parametrize(
-        ("script", "arguments"),
-        [
-            ("hw2_1.sh", []),
-            ("hw2_1.sh", [""]),
-            ("hw2_1.sh", ["--seed", "3"]),
-            ("hw2_2.sh", [""]),
-            ("hw2_2.sh", ["noise"]),
-            ("hw2_2.sh", ["noise", ""]),
-            ("hw2_2.sh", ["noise", "--eta", "1"]),
-            ("hw2_3.sh", [""]),
-            ("hw2_3.sh", ["prompt.json"]),
-            ("hw2_3.sh", ["prompt.json", "hints"]),
-            ("hw2_3.sh", ["prompt.json", "hints", ""]),
-            ("hw2_3.sh", ["prompt.json", "", "out"]),
-            ("hw2_3.sh", ["", "hints", "out"]),
-            ("hw2_3.sh", ["prompt.json", "hints", "--seed", "1"]),
-            ("hw2_3.sh", ["prompt.json", "--seed", "out"]),
-            ("hw2_3_2024.sh", [""]),
-            ("hw2_3_2024.sh", ["input.json"]),
-            ("hw2_3_2024.sh", ["input.json", ""]),
-            ("hw2_3_2024.sh", ["", "out"]),
-            ("hw2_3_2024.sh", ["input.json", "--seed", "1"]),
-        ],
-    )
-    def test_no_output_argument(self, tree, tmp_path, script, arguments):
-        python = recorder(tmp_path / "python", "named")
-        result = call("bash", tree / script, *arguments, PYTHON=python)
-        assert (result.returncode, result.stdout) == (2, "")
-        assert len(result.stderr.splitlines()) == 1
-        assert f"bash {script} " in result.stderr
-
-    def test_exit_code_is_pythons(self, tree, tmp_path, script):
-        python = executable(tmp_path / "python", "exit 7\n")
-        assert call("bash", tree / script, *ARGUMENTS[script], PYTHON=python).returncode == 7
-
-
-class TestWeightsCheck:
-    """hw2_download_ckpt.sh on two small files."""
-
-    @pytest.fixture
-    def weights(self, tree) -> list[Path]:
-        files = []
-        for folder, content in {"p1_ddpm": b"one", "p9_other": b"two"}.items():
-            file = tree / folder / "weights" / "some.safetensors"
-            file.parent.mkdir(parents=True)
-            file.write_bytes(content)
-            (file.parent / "SHA256SUMS").write_text(f"{hashlib.sha256(content).hexdigest()}  {file.name}\n")
-            files.append(file)
-        return files
-
-    def test_whole(self, tree, weights, tmp_path):
-        result = call("bash", tree / "hw2_download_ckpt.sh", cwd=tmp_path)
-        assert (result.returncode, result.stderr) == (0, "")
-        assert result.stdout == "hw2_download_ckpt.sh: all weights are whole (files checked: 2)\n"
-
-    @pytest.mark.parametrize("which", [0, 1])
-    @pytest.mark.parametrize("harm", ["damaged", "missing"])
-    def test_harmed(self, tree, weights, harm, which):
-        weights[which].unlink() if harm == "missing" else weights[which].write_bytes(b"onf")
-        result = call("bash", tree / "hw2_download_ckpt.sh")
-        assert (result.returncode, result.stdout) == (2, "")
-        assert len(result.stderr.splitlines()) == 1
-        assert f"{weights[which]} is {harm}" in result.stderr
-
-    def test_nothing_to_check(self, tree):
-        result = call("bash", tree / "hw2_download_ckpt.sh")
-        assert (result.returncode, result.stdout) == (2, "")
-        assert len(result.stderr.splitlines()) == 1
 
 
 def test_shipped_weights_are_listed_and_whole():

@@ -1,4 +1,4 @@
-"""What tests of training programs share: a kill, what is compared after it, and a look at what a run works on."""
+"""What tests of training share: a kill, what is compared after it, and a look at what a program works on."""
 
 import contextlib
 import json
@@ -10,6 +10,11 @@ import torch
 from common.checkpoint import load_tensors
 from common.stable_diffusion.base import load_base
 from common.training import Trainer
+
+
+def newest(folder):
+    """The newest state in a folder: its tensors and facts."""
+    return load_tensors(sorted(folder.glob("state_*.safetensors"))[-1])
 
 
 @contextlib.contextmanager
@@ -36,6 +41,11 @@ def same_files(one, other):
         and tensors.keys() == others.keys()
         and all(torch.equal(tensors[name], others[name]) for name in tensors)
     )
+
+
+def same_states(a, b):
+    """Whether the newest states of two folders agree in everything."""
+    return same_files(*(sorted(folder.glob("state_*.safetensors"))[-1] for folder in (a, b)))
 
 
 def metrics(folder):

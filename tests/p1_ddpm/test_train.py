@@ -1,6 +1,6 @@
 """Training the Context-UNet through its own script: batches, resume, processes, precision, and bad input."""
 
-import json
+import math
 import os
 import subprocess
 import sys
@@ -15,10 +15,10 @@ from common.data import to_unit_range
 from common.errors import UserError
 from common.runtime import seeded_generator
 from common.schedule import NoiseSchedule
-from common.training import Trainer
 from p1_ddpm.digits import DOMAINS, read_digits
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
 from p1_ddpm.train import DigitBatches, main, parse_arguments
+from tests.training import killed_at, metrics, newest, same_files
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -30,16 +30,6 @@ SMALL = [
 
 def train(digits, out, *flags):
     return main(parse_arguments(["--data", str(digits), "--out", str(out), *SMALL, *flags]))
-
-
-def newest(folder):
-    return load_tensors(sorted(folder.glob("state_*.safetensors"))[-1])
-
-
-def metrics(folder):
-    """The log without its timings."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
 def make_batches(digits, batch_size=8, drop=0.15, augment=(), weights=None):
@@ -94,28 +84,15 @@ def test_training_learns(finished):
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
-def test_ten_steps_a_kill_and_ten_more_are_twenty(digits, finished, tmp_path, monkeypatch):
+def test_ten_steps_a_kill_and_ten_more_are_twenty(digits, finished, tmp_path):
     """In every bit: weights, averages, moments and log. The kill comes three steps after the last save."""
-    whole_step = Trainer.take_step
-
-    def killed(trainer):
-        if trainer.step == 13:
-            raise KeyboardInterrupt
-        return whole_step(trainer)
-
-    monkeypatch.setattr(Trainer, "take_step", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(13):
         train(digits, tmp_path, "--sample-every", "20")
     assert [path.name for path in tmp_path.glob("state_*")] == ["state_00000010.safetensors"]
     assert metrics(tmp_path)[-1]["step"] == 13
-    monkeypatch.setattr(Trainer, "take_step", whole_step)
     train(digits, tmp_path, "--sample-every", "20")
     for name in ("state_00000020", "best", "model"):
-        tensors, about = load_tensors(tmp_path / f"{name}.safetensors")
-        others, other_about = load_tensors(finished / f"{name}.safetensors")
-        assert about == other_about
-        assert tensors.keys() == others.keys()
-        assert all(torch.equal(tensors[key], others[key]) for key in tensors)
+        assert same_files(tmp_path / f"{name}.safetensors", finished / f"{name}.safetensors")
     assert any(key.startswith("optimizer.") and key.endswith("exp_avg_sq") for key in newest(tmp_path)[0])
     assert metrics(tmp_path) == metrics(finished)
     assert (tmp_path / "samples_00000020.png").read_bytes() == (finished / "samples_00000020.png").read_bytes()
@@ -234,16 +211,44 @@ def test_batches_depend_on_seed_and_step_alone(digits):
         (["--out", "{tmp}/few/train.csv"], "{tmp}/few/train.csv: is a file"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(digits, tmp_path, flags, complaint):
+def test_bad_input_is_refused_in_one_line(digits, tmp_path, refusal, flags, complaint):
     few = tmp_path / "few"
     few.mkdir()
     (few / "train.csv").write_text("image_name,label\n" + "a.png,1\n" * 3)
     Image.new("RGB", (8, 8)).save(few / "a.png")
-    with pytest.raises(UserError) as caught:
-        train(digits, tmp_path / "out", *(flag.replace("{tmp}", str(tmp_path)) for flag in flags))
-    assert str(caught.value).startswith(complaint.replace("{tmp}", str(tmp_path)))
-    assert "\n" not in str(caught.value)
+    flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
+    args = parse_arguments(["--data", str(digits), "--out", str(tmp_path / "out"), *SMALL, *flags])
+    assert refusal(main, args).startswith(complaint.replace("{tmp}", str(tmp_path)))
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "complaint"),
+    [
+        ("name,label", "a.png,1", ": no column image_name; its first line should be image_name,label"),
+        ("image_name,digit", "a.png,1", ": no column label; its first line should be image_name,label"),
+        ("image_name,label", "a.png,10", " row 3: label '10': labels are 0 to 9; correct the row"),
+        ("image_name,label", "a.png,-1", " row 3: label '-1': labels are 0 to 9; correct the row"),
+        ("image_name,label", "b.png,1", " row 3: {tmp}/mnistm/b.png: no such image; fix the name or add the file"),
+        ("image_name,label", "c.png,1", " row 3: {tmp}/mnistm/c.png: not a readable image ("),
+    ],
+)
+def test_a_bad_table_is_refused_with_the_row(tmp_path, refusal, header, row, complaint):
+    table = tmp_path / "mnistm" / "train.csv"
+    table.parent.mkdir()
+    table.write_text(f"{header}\na.png,1\n{row}\n")
+    Image.new("RGB", (8, 8)).save(table.parent / "a.png")
+    (table.parent / "c.png").write_bytes(b"no image")
+    args = parse_arguments(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *SMALL])
+    assert refusal(main, args).startswith(str(table) + complaint.replace("{tmp}", str(tmp_path)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line_that_says_where(digits, tmp_path, refusal, monkeypatch):
+    monkeypatch.setattr("p1_ddpm.train.diffusion_loss", lambda model, *_: model.head[-1].bias.sum() * math.nan)
+    args = parse_arguments(["--data", str(digits), "--out", str(tmp_path), *SMALL])
+    assert refusal(main, args).startswith("step 0: loss nan, gradient norm nan, learning rate ")
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_bad_choices_are_refused_in_one_line(capsys):

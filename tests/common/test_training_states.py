@@ -1,0 +1,132 @@
+"""What a training run keeps on disk, and how it goes on from there."""
+
+import json
+
+import accelerate
+import pytest
+import torch
+
+from common import training
+from common.checkpoint import load_about, load_tensors
+from common.errors import UserError
+from tests.toy_training import WIDTH, Toy, make_trainer, train
+from tests.training import killed_at, newest, same_states
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(tmp_path, dropout):
+    train(tmp_path / "whole", dropout=dropout, save_every=2)
+    with killed_at(3):
+        train(tmp_path / "cut", dropout=dropout, save_every=2)
+    tensors, about = newest(tmp_path / "cut")
+    assert about["step"] == 2
+    assert {name.split(".")[0] for name in tensors} == {"model", "ema", "optimizer"}
+    train(tmp_path / "cut", dropout=dropout, save_every=2)
+    assert same_states(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_log_lines_of_undone_steps_are_forgotten(tmp_path):
+    with killed_at(3):
+        train(tmp_path, save_every=2)
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    train(tmp_path, save_every=2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_last_two_states_and_the_best_average_are_kept(tmp_path):
+    losses, averages = iter([3.0, 1.0, 2.0, 4.0, 1.5, 1.0]), []
+
+    def validate(averaged):
+        averages.append({name: tensor.clone() for name, tensor in averaged.state_dict().items()})
+        assert not averaged.training
+        assert not torch.is_grad_enabled()
+        return torch.tensor(next(losses))
+
+    train(tmp_path, validate=validate)
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert names == ["best.safetensors", "state_00000005.safetensors", "state_00000006.safetensors"]
+    best, about = load_tensors(tmp_path / "best.safetensors")
+    assert (about["step"], about["validation_loss"], about["kind"]) == (2, 1.0, "Toy")
+    assert all(torch.equal(best[name], tensor) for name, tensor in averages[1].items())
+    assert load_about(tmp_path / "state_00000006.safetensors")["best"] == 1.0
+
+
+def test_the_best_is_remembered_over_a_restart(tmp_path):
+    for steps, loss in ((2, 1.0), (3, 2.0)):
+        train(tmp_path, steps=steps, validate=lambda _, loss=loss: torch.tensor(loss))
+    assert load_about(tmp_path / "best.safetensors")["step"] == 1
+
+
+def test_a_full_disk_leaves_the_earlier_state_whole(tmp_path, full_disk):
+    train(tmp_path / "whole", steps=3)
+    train(tmp_path / "full", steps=2, save_every=2)
+    state = tmp_path / "full" / "state_00000002.safetensors"
+    before, trainer = state.read_bytes(), make_trainer(tmp_path / "full", steps=3, save_every=3)
+    with full_disk(len(before) // 2), pytest.raises(UserError, match=r"state_00000003.safetensors: cannot be written"):
+        trainer.run()
+    assert state.read_bytes() == before
+    assert [path.name for path in (tmp_path / "full").glob("*.safetensors")] == [state.name]
+    assert not list((tmp_path / "full").glob(".*"))
+
+
+def test_leftovers_of_a_killed_save_are_removed(tmp_path):
+    left = tmp_path / ".unfinished-abc"
+    left.mkdir()
+    (left / ".tmp123").write_bytes(b"half")
+    assert train(tmp_path, steps=1).step == 1
+    assert not left.exists()
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path):
+    train(tmp_path)
+    before = newest(tmp_path)
+    again = train(tmp_path, batches=None)
+    assert again.step == 6
+    assert newest(tmp_path)[1] == before[1]
+    for name, tensor in again.averaged.state_dict().items():
+        assert torch.equal(tensor, before[0][f"ema.{name}"])
+
+
+def test_other_runs_states_are_refused(tmp_path):
+    train(tmp_path, steps=4)
+    with pytest.raises(UserError, match=r"state_00000004.safetensors: its config is not this run's"):
+        make_trainer(tmp_path, about={"kind": "Toy", "config": {"width": 1}})
+    with pytest.raises(UserError, match=r"its kind is not this run's"):
+        make_trainer(tmp_path, about={"kind": "Judge", "config": {"width": WIDTH}})
+    with pytest.raises(UserError, match=r"state_00000004.safetensors: is past --steps 3"):
+        make_trainer(tmp_path, steps=3)
+    (tmp_path / "state_00000004.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"state_00000004.safetensors: not a whole safetensors file"):
+        make_trainer(tmp_path)
+
+
+def test_changed_options_are_told(tmp_path, capsys):
+    train(tmp_path, steps=2)
+    capsys.readouterr()
+    train(tmp_path, steps=3, lr=5e-3)
+    said = capsys.readouterr().out
+    assert said == f"resuming {tmp_path / 'state_00000002.safetensors'} with steps 2 -> 3, lr 0.01 -> 0.005\n"
+
+
+class ScalingAccelerator(accelerate.Accelerator):
+    """What accelerate does for fp16 on a GPU, on a CPU: a scaler, here one that soon overflows and soon grows."""
+
+    def __init__(self, **options):
+        super().__init__(**(options | {"mixed_precision": "fp16"}))
+        self.native_amp = True
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**32, backoff_factor=2.0**-8, growth_interval=2)
+
+
+def test_the_gradient_scale_survives_a_restart(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "Accelerator", ScalingAccelerator)
+    whole = train(tmp_path / "whole", steps=9, save_every=5)
+    with killed_at(7):
+        train(tmp_path / "cut", steps=9, save_every=5)
+    kept = newest(tmp_path / "cut")[1]["scaler"]
+    assert kept["scale"] < 2.0**32  # it has overflowed
+    train(tmp_path / "cut", steps=9, save_every=5)
+    assert same_states(tmp_path / "whole", tmp_path / "cut")
+    assert whole.accelerator.scaler.get_scale() > kept["scale"]  # and grown again
+    assert not torch.equal(whole.model.head.weight, Toy().head.weight)

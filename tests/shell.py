@@ -1,0 +1,31 @@
+"""Commands as a user would call them, without the variables of an outer make."""
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Variables of an outer make would reach the inner one.
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEFILES", "CDPATH")
+}
+
+
+def call(*command, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
+    """Run a command to its end, with stdout and stderr as text."""
+    arguments = [str(word) for word in command]
+    env = ENVIRONMENT | {name: str(value) for name, value in environment.items()}
+    return subprocess.run(
+        arguments, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
+    )
+
+
+def executable(path: Path, script: str) -> Path:
+    """Write a shell script that can be run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/usr/bin/env bash\n" + script)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
