@@ -80,7 +80,7 @@ def measured_text(name: str, ablation: Ablation, result: Mapping[str, Any]) -> s
         )
         rows.append([str(row["variant"]), *cells])
     facts = ablation.facts.format(**result["settings"])
-    weights = "".join(f"; SHA-256 of the {what} {digest}..." for what, digest in result["weights"].items())
+    weights = "".join(f"; the SHA-256 of the {what} begins with {digest}" for what, digest in result["weights"].items())
     return f"{table([ablation.first, *ablation.columns], rows)}\n\n{facts}{weights}. `{command(name)}`"
 
 

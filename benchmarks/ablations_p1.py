@@ -68,7 +68,7 @@ class Eye:
         # Only a folder that somebody named must be there.
         self.real = read_real(None if settings["data"] == DATA else settings["data"])
 
-    def row(self, variant: str, sampler: DigitSampler, **options: Any) -> dict[str, Any]:
+    def row(self, variant: str, sampler: DigitSampler, /, **options: Any) -> dict[str, Any]:
         """The figures of one way to draw."""
         say(f"{variant} ...")
         sets = draw_sets(sampler, "2024", self.count, self.seed, SAMPLING | options, AT_ONCE)

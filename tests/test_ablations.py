@@ -54,8 +54,8 @@ def call(calls, tmp_path):
 def table_of(weights, count=20):
     return (
         "| switch | share | error |\n| --- | ---: | ---: |\n| on | 50.0% | 0.3333 |\n| off | - | 1.235e+04 |\n\n"
-        f"{count} things at 1.0 2.5; SHA-256 of the weights {fingerprint(weights)}... `python benchmarks/ablations.py"
-        " toy --write`"
+        f"{count} things at 1.0 2.5; the SHA-256 of the weights begins with {fingerprint(weights)}."
+        " `python benchmarks/ablations.py toy --write`"
     )
 
 

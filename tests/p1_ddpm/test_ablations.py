@@ -79,12 +79,14 @@ def test_every_sampler_takes_every_number_of_steps(drawn):
     assert [row["variant"] for row in rows] == [*names, "real images"]
     # With one step to a clean image all three are the predicted x0.
     ones = [{name: value for name, value in row.items() if name != "variant"} for row in rows[0:6:2]]
-    assert ones[0] == pytest.approx(ones[1]) == pytest.approx(ones[2])
+    assert pytest.approx(ones[0]) == ones[1]
+    assert pytest.approx(ones[0]) == ones[2]
     assert all(row["svhn_frechet"] >= 0 for row in rows)
 
 
 def test_classes_are_trained_once_and_measured_again(striped_digits, tmp_path, monkeypatch):
-    flags = ["--data", striped_digits, "--count", 1, "--training-steps", 2, "--batch-size", 4, "--widths", 8, 16]
+    flags = ["--data", striped_digits, "--count", 1, "--training-steps", 8, "--batch-size", 4, "--widths", 8, 16]
+    flags += ["--lr", 0.1]  # layers that start at zero keep the labels out of the first steps
     rows = measured("p1-classes", *flags, "--out", tmp_path / "runs")
     assert [row["variant"] for row in rows] == ["joint: 20 rows", "separate: 2 + 10 rows", "real images"]
     assert rows[0]["loss"] > 0
