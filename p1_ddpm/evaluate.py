@@ -117,7 +117,6 @@ def compare(judge: LoadedJudge, drawn: LabelledImages, train: LabelledImages, he
     if len(parts[0]) <= NEIGHBOURS:
         return {}
     drawn, train, held = (in_batches(judge.model.features, part.images) for part in parts)
-
     yardstick = all_distances(held, train, NEIGHBOURS)
     return all_distances(held, drawn, NEIGHBOURS) | {"compared": len(held), "yardstick": yardstick}
 

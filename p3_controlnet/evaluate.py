@@ -6,7 +6,8 @@ python evaluate.py                        # what it draws by default
 Figures of each picture, then over all of them:
   iou      area at the centre, hint against picture: intersection over union, the first factor of the course's score
   discs    the same for every disc of the hint
-  colours  difference of each disc and of the background from the colour named in the prompt (CIEDE2000)
+  colours  difference of each disc and of the background from the colour named in the prompt (CIEDE2000): up to 10 it is
+           right, which may be a neighbour; its name is right if no other of the named colours is nearer
   score    iou (cos + 1) / 2, where cos compares picture and prompt by CLIP; the course takes the mean of the ten best
 """
 
@@ -82,6 +83,12 @@ class Judgement:
         rights = [area.right for area in (*self.discs, self.background)]
         return None if None in rights else all(rights)
 
+    @property
+    def names_right(self) -> bool | None:
+        """Whether all colours are nearest to the named ones; None if the prompt does not tell them all."""
+        rights = [area.name_right for area in (*self.discs, self.background)]
+        return None if None in rights else all(rights)
+
 
 def wanted_colours(prompt: str, discs: int) -> list[str | None]:
     """The names that a prompt gives to so many discs, then to the background; None for each that it does not tell."""
@@ -135,6 +142,7 @@ def summary(judgements: Sequence[Judgement], cosines: Sequence[float] | None = N
         figures[f"{name}_right"] = mean([area.right for area in areas])
         figures[f"{name}_name_right"] = mean([area.name_right for area in areas])
     figures["colours_right"] = mean([j.colours_right for j in judgements])
+    figures["names_right"] = mean([j.names_right for j in judgements])
     if cosines is not None:
         iou = [j.iou for j in judgements]
         figures["cosine"] = mean(cosines)

@@ -84,6 +84,7 @@ def circle_summary(file: Path) -> list[Table]:
         "disc_right": ("disc within CIEDE2000 10 of its colour", percent),
         "background_right": ("background within 10", percent),
         "colours_right": ("all colours within 10", percent),
+        "names_right": ("all colours nearest to the named ones", percent),
         "cosine": ("CLIP cosine of picture and prompt", decimal),
         "score_best": ("IoU (cos + 1) / 2, ten best", decimal),
         "score_all": ("IoU (cos + 1) / 2, all", decimal),

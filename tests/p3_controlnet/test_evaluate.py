@@ -54,9 +54,11 @@ def test_colours_in_the_wrong_places_are_wrong():
 
 
 def test_a_near_colour_is_right_but_its_name_is_not():
-    area = judged(one("white"), one("snow")).discs[0]
+    judgement = judged(one("white"), one("snow"))
+    (area,) = judgement.discs
     assert 0 < area.difference < 10
     assert (area.right, area.name_right) == (True, False)
+    assert (judgement.colours_right, judgement.names_right) == (True, False)
 
 
 def test_a_disc_elsewhere_loses_its_area_and_its_colour():
@@ -106,11 +108,11 @@ def test_the_summary_counts_what_is_known():
     assert figures["disc_name_right"] == pytest.approx(2 / 3)
     assert figures["background_right"] == 1
     assert figures["background_difference"] == 0
-    assert figures["colours_right"] == 0.5
+    assert figures["colours_right"] == figures["names_right"] == 0.5
     assert figures["cosine"] == pytest.approx(0.4)
     assert figures["score_best"] == figures["score_all"] > 0
     unknown = evaluate.summary(judgements[2:])
-    assert unknown["colours_right"] is unknown["disc_right"] is None
+    assert unknown["colours_right"] is unknown["names_right"] is unknown["disc_right"] is None
     assert "score_best" not in unknown
 
 
