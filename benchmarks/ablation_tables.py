@@ -56,12 +56,20 @@ def told(value: Any) -> str:
         return str(value.relative_to(ROOT)) if value.is_relative_to(ROOT) else str(value)
     if isinstance(value, list):
         return " ".join(told(item) for item in value)
-    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
+    return str(value)
 
 
-def command(name: str) -> str:
+def changed(ablation: Ablation, settings: Settings) -> str:
+    """The flags of the settings that are not the defaults; where runs are kept changes no figure."""
+    defaults = {key: default for key, (default, _) in ablation.settings.items() if key != "out"}
+    return "".join(
+        f" --{key.replace('_', '-')} {told(settings[key])}" for key in defaults if settings[key] != defaults[key]
+    )
+
+
+def command(name: str, flags: str = "") -> str:
     """What measures an ablation and writes its table."""
-    return f"python benchmarks/ablations.py {name} --write"
+    return f"python benchmarks/ablations.py {name}{flags} --write"
 
 
 def measured_text(name: str, ablation: Ablation, result: Mapping[str, Any]) -> str:
@@ -70,7 +78,7 @@ def measured_text(name: str, ablation: Ablation, result: Mapping[str, Any]) -> s
     Args:
         name: of the ablation.
         ablation: whose columns to show.
-        result: `rows`, `settings` and `weights` as they come from JSON.
+        result: `rows`, `settings`, `flags` and `weights` as they come from JSON.
     """
     rows = []
     for row in result["rows"]:
@@ -81,7 +89,7 @@ def measured_text(name: str, ablation: Ablation, result: Mapping[str, Any]) -> s
         rows.append([str(row["variant"]), *cells])
     facts = ablation.facts.format(**result["settings"])
     weights = "".join(f"; the SHA-256 of the {what} begins with {digest}" for what, digest in result["weights"].items())
-    return f"{table([ablation.first, *ablation.columns], rows)}\n\n{facts}{weights}. `{command(name)}`"
+    return f"{table([ablation.first, *ablation.columns], rows)}\n\n{facts}{weights}. `{command(name, result['flags'])}`"
 
 
 def missing_text(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.ablation_tables import ROOT, Ablation, fingerprint, measured_text, missing_text, told
+from benchmarks.ablation_tables import ROOT, Ablation, changed, fingerprint, measured_text, missing_text, told
 from benchmarks.ablations_p1 import P1
 from benchmarks.ablations_p2 import P2
 from benchmarks.ablations_p3 import P3
@@ -62,7 +62,8 @@ def measure(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     ablation = ABLATIONS[name]
     weights = {what: fingerprint(settings[what]) for what in ablation.weights if settings[what].exists()}
     rows = ablation.measure(settings)
-    return {"settings": {key: told(value) for key, value in settings.items()}, "weights": weights, "rows": rows}
+    told_settings = {key: told(value) for key, value in settings.items()}
+    return {"settings": told_settings, "flags": changed(ablation, settings), "weights": weights, "rows": rows}
 
 
 def state(docs: Path, name: str) -> str:

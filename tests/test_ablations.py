@@ -51,11 +51,11 @@ def call(calls, tmp_path):
     return call
 
 
-def table_of(weights, count=20):
+def table_of(weights, count=20, flags=""):
     return (
         "| switch | share | error |\n| --- | ---: | ---: |\n| on | 50.0% | 0.3333 |\n| off | - | 1.235e+04 |\n\n"
         f"{count} things at 1.0 2.5; the SHA-256 of the weights begins with {fingerprint(weights)}."
-        " `python benchmarks/ablations.py toy --write`"
+        f" `python benchmarks/ablations.py toy{flags} --write`"
     )
 
 
@@ -84,7 +84,7 @@ def test_pages_are_filled_in_from_the_figures_that_are_kept(call, calls, weights
     call("toy", "--write", "--count", "5")
     page.write_text(EMPTY)
     call("tables")
-    assert block_of(page.read_text(), "toy", page)[1] == table_of(weights, count=5)
+    assert block_of(page.read_text(), "toy", page)[1] == table_of(weights, count=5, flags=" --count 5")
     assert len(calls) == 1
 
 
