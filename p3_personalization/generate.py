@@ -71,6 +71,18 @@ class DrawingOptions:
             raise UserError(f"--guidance-scale {self.guidance_scale}: must be at least 0")
 
 
+def check_steps(base: Base, steps: int) -> None:
+    """Refuse more steps than the base's schedule has.
+
+    Raises:
+        UserError: there are more.
+    """
+    try:
+        base.schedule.timesteps(steps)
+    except ValueError as error:
+        raise UserError(f"--steps {steps}: {error}") from None
+
+
 def pictures(base: Base, prompts: Sequence[tuple[str, int]], options: DrawingOptions) -> Iterator[Tensor]:
     """Draw prompts, each with the number of the picture among all pictures of that prompt.
 
@@ -85,6 +97,7 @@ def pictures(base: Base, prompts: Sequence[tuple[str, int]], options: DrawingOpt
         UserError: a single picture does not fit the GPU's memory, or is not finite in fp32 either; or there are more
             steps than the base's schedule has.
     """
+    check_steps(base, options.steps)
     keys = [(options.seed, zlib.crc32(prompt.encode()), number) for prompt, number in prompts]
     start, size = 0, options.batch_size
     with Progress(len(prompts), "pictures", "picture") as phase:
@@ -93,8 +106,6 @@ def pictures(base: Base, prompts: Sequence[tuple[str, int]], options: DrawingOpt
             own = keys[start : start + size]
             try:
                 batch = draw_prompts(base, texts, own, options.steps, options.guidance_scale, size, options.sampler)
-            except ValueError as error:
-                raise UserError(f"--steps {options.steps}: {error}") from None
             except torch.OutOfMemoryError:
                 if len(texts) == 1:
                     raise UserError("a picture does not fit the GPU's memory; add --precision fp16") from None
@@ -213,6 +224,7 @@ def main(args) -> list[Path]:
     concepts = read_table(args.table)
     paths = args.words or ([] if args.custom else [default_words(args.base)])
     base = with_learned(load_plain(args), paths, args.custom)
+    check_steps(base, options.steps)
     for concept in concepts:
         check_prompts(base.tokenizer, concept.prompts, concept.token, f"{args.table} concept {concept.number!r}: ")
     wanted = [

@@ -1,6 +1,7 @@
 """What the Fall 2024 grader finds: the files, pixels against diffusers' pipeline, and what is refused."""
 
 import json
+import shutil
 import zlib
 
 import numpy as np
@@ -170,6 +171,20 @@ def test_other_files_in_the_way_are_refused_or_removed(drawn, arguments, tmp_pat
     assert "already holds 1 other files (source1_prompt0_2.png, ...)" in capsys.readouterr().err
     assert (folder / "source1_prompt0_0.png").read_bytes() == b"old"
     assert len(drawn("--count", 2, "--overwrite")) == 8
+
+
+def test_more_steps_than_the_base_has_are_refused_before_files_go(arguments, pipeline_folder, tmp_path, refusal):
+    short = tmp_path / "short"
+    shutil.copytree(pipeline_folder, short)
+    file = short / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_train_timesteps": 20}))
+    surplus = tmp_path / "out" / "0" / "0" / "surplus.png"
+    surplus.parent.mkdir(parents=True)
+    surplus.write_bytes(b"old")
+    args = arguments("--steps", 21, "--overwrite")
+    args.base = short
+    assert "--steps 21: 21 steps: choose from 1 to 20" in refusal(generate.main, args)
+    assert surplus.read_bytes() == b"old"
 
 
 @pytest.fixture
