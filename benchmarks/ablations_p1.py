@@ -28,7 +28,7 @@ from p1_ddpm.train import DigitBatches
 
 AT_ONCE = 100  # digits
 EVERYWHERE = (0, 1000)
-INTERVALS = (EVERYWHERE, (500, 1000), (250, 750), (0, 750), (0, 500), (0, 250))
+INTERVALS = (EVERYWHERE, (0, 900), (0, 750), (0, 500), (250, 750), (500, 1000))
 SAMPLERS = ("dpm-solver++", "ddim", "ddpm")
 SAMPLING = {"sampler": "dpm-solver++", "steps": 10, "eta": 0.0, "guidance_interval": EVERYWHERE}
 COLUMNS = {
