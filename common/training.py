@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from common.ahead import Batch, DrawnAhead
 from common.checkpoint import EMA_PREFIX, load_strictly, load_tensors, remove_unfinished, save_tensors
 from common.errors import UserError
 from common.images import check_output_folder
@@ -27,7 +28,6 @@ from common.run_log import RunLog
 from common.runtime import pick_device, pick_precision, seeded_generator
 from common.training_options import TrainingOptions, learning_rate
 
-Batch = dict[str, Tensor]
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
 
 
@@ -102,6 +102,8 @@ class Trainer:
                 f" x --accumulate {options.accumulate}"
             )
         self.part = options.batch_size // share
+        on_cuda = self.accelerator.device.type == "cuda"
+        self.batch_of = DrawnAhead(self.draw_batch) if on_cuda else self.draw_batch
         # channels_last is what tensor cores and oneDNN want for convolutions.
         self.model = model.to(self.accelerator.device, memory_format=torch.channels_last)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -170,11 +172,15 @@ class Trainer:
         ]
         say(f"resuming {path}{' with ' * bool(changes)}{', '.join(changes)}")
 
+    def draw_batch(self, step: int) -> Batch:
+        """The batch of a step, on the CPU: the same however often and in whatever order they are asked for."""
+        # A key's second number keeps streams apart: 1 batches, 2 data order, 3 validation, 4 dropout.
+        return self.make_batch(step, seeded_generator(self.options.seed, 1, step))
+
     def take_step(self) -> tuple[float, float]:
         """One optimizer step; returns its loss (mean over all processes) and gradient norm."""
         options, accelerator = self.options, self.accelerator
-        # A key's second number keeps streams apart: 1 batches, 2 data order, 3 validation, 4 dropout.
-        batch = self.make_batch(self.step, seeded_generator(options.seed, 1, self.step))
+        batch = self.batch_of(self.step)
         dropout = seeded_generator(options.seed, 4, self.step, accelerator.process_index)
         torch.manual_seed(dropout.initial_seed())
         for group in self.raw_optimizer.param_groups:
@@ -182,7 +188,8 @@ class Trainer:
         losses = []
         for micro in range(options.accumulate):
             start = (micro * accelerator.num_processes + accelerator.process_index) * self.part
-            piece = {name: t[start : start + self.part].to(accelerator.device) for name, t in batch.items()}
+            rows = slice(start, start + self.part)
+            piece = {name: tensor[rows].to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(self.runnable):
                 with accelerator.autocast():
                     loss = self.loss_fn(self.runnable, piece)
