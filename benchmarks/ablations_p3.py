@@ -25,7 +25,7 @@ from p3_controlnet.cache import encode_pairs
 from p3_controlnet.model import ControlNet
 from p3_controlnet.pictures import HELD_OUT_EVERY, read_table
 from p3_controlnet.sample import BASE
-from p3_controlnet.train import PairBatches, control_loss
+from p3_controlnet.train import PairBatches, control_loss, hint_reader
 from p3_controlnet.watch import Watch
 
 WATCHED, VALIDATED, DROP = 32, 128, 0.1  # held-out pairs drawn, and whose loss is taken; part of the prompts left out
@@ -152,8 +152,8 @@ class Workshop:
         """Batches of the pairs that are trained on, or of those held out."""
         members = torch.arange(len(self.pairs))
         members = members[(members % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held_out]
-        schedule = self.base.schedule
-        return PairBatches(self.cache, self.pairs, self.data, self.size, members, schedule, count, drop, seed)
+        hints = hint_reader(self.pairs, self.data, self.size)
+        return PairBatches(self.cache, hints, members, self.base.schedule, count, drop, seed)
 
     def train(self, variant: str, change) -> dict[str, Any]:
         """Train one variant; returns its row."""

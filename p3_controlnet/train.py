@@ -10,7 +10,7 @@ control appears, and rather suddenly. What moves is measured every --validate-ev
 
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,19 +40,31 @@ from p3_controlnet.unet import ControlledUNet, checkpoint_gradients
 from p3_controlnet.watch import Watch
 
 ROOT = Path(__file__).resolve().parent.parent
+IN_MEMORY = 2**31  # bytes of hints
 WATCHED, VALIDATED = 8, 256  # held-out pairs that are drawn, and whose loss is taken, while training
+
+
+def hint_reader(pairs: list[Pair], data: Path, size: int) -> Callable[[Tensor], Tensor]:
+    """From positions of pairs, int64 (n,), to their hints, uint8 (n, 3, size, size).
+
+    All are kept in memory if `IN_MEMORY` has room for them, else read from their files when they are asked for: those
+    of the course's fill50k would fill 39 GB.
+    """
+
+    def read(index: Tensor) -> Tensor:
+        return read_hints([pairs[k] for k in index.tolist()], data, size)
+
+    if len(pairs) * 3 * size**2 > IN_MEMORY:
+        return read
+    return read(torch.arange(len(pairs))).__getitem__
 
 
 class PairBatches:
     """Draws the batches: latents, prompts and hints that belong together; now and then the prompt is left out.
 
-    Hints are read from their files, since those of fill50k would fill 39 GB of memory.
-
     Args:
         cache: latents and embedded prompts of the pairs.
-        pairs: for their hints.
-        data: folder of the hints.
-        size: side of the hints, pixels.
+        hints: from positions of pairs to their hints, as `hint_reader` gives it.
         members: positions of the pairs to draw, int64.
         schedule: where timesteps come from.
         batch_size: pairs a batch.
@@ -63,16 +75,14 @@ class PairBatches:
     def __init__(
         self,
         cache: Cache,
-        pairs: list[Pair],
-        data: Path,
-        size: int,
+        hints: Callable[[Tensor], Tensor],
         members: Tensor,
         schedule: NoiseSchedule,
         batch_size: int,
         drop: float,
         seed: int,
     ):
-        self.cache, self.pairs, self.data, self.size, self.members = cache, pairs, data, size, members
+        self.cache, self.hints, self.members = cache, hints, members
         self.schedule, self.batch_size, self.drop, self.seed = schedule, batch_size, drop, seed
 
     def __call__(self, step: int, generator: torch.Generator) -> Batch:
@@ -82,7 +92,7 @@ class PairBatches:
         return {
             "x0": x0,
             "context": context,
-            "hint": read_hints([self.pairs[k] for k in index.tolist()], self.data, self.size),
+            "hint": self.hints(index),
             "t": stratified_timesteps(count, self.schedule.T, generator),
             "eps": torch.randn(x0.shape, generator=generator),
         }
@@ -244,16 +254,18 @@ def main(args) -> Path | Mapping[str, Any]:
         return control_loss(model, base, batch, args.min_snr_gamma)
 
     def batches(members: Tensor, count: int, drop: float, seed: int) -> PairBatches:
-        return PairBatches(cache, pairs, args.data, size, members, base.schedule, count, drop, seed)
+        return PairBatches(cache, hints, members, base.schedule, count, drop, seed)
 
     if args.dry_run:
         pairs = pairs[:at_once]
         cache = encoded(base, pairs, args, size, None, options)
+        hints = hint_reader(pairs, args.data, size)
         own = batches(torch.arange(len(pairs)), options.batch_size, args.prompt_drop, options.seed)
         with tempfile.TemporaryDirectory() as scratch:
             return one_step(Trainer(controlnet, options, Path(scratch), about, own, loss_fn))
 
     cache = encoded(base, pairs, args, size, args.latents or args.out / "cache", options)
+    hints = hint_reader(pairs, args.data, size)
     held = torch.arange(len(pairs)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     train, held_out = (mask.nonzero()[:, 0] for mask in (~held, held))
     watched, validation_batch = (

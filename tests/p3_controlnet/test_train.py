@@ -63,6 +63,19 @@ def finished(circles, pipeline_folder, tmp_path_factory):
     return out
 
 
+def test_hints_are_the_same_from_memory_and_from_files(circles, monkeypatch):
+    pairs, index = read_pairs(circles / "prompt.json"), torch.tensor([7, 2, 7])
+    kept = train.hint_reader(pairs, circles, 64)
+    monkeypatch.setattr(train, "IN_MEMORY", len(pairs) * 3 * 64 * 64 - 1)
+    read = train.hint_reader(pairs, circles, 64)
+    monkeypatch.setattr(train, "read_hints", None)
+    with pytest.raises(TypeError):
+        read(index)
+    monkeypatch.undo()
+    assert torch.equal(kept(index), read(index))
+    assert torch.equal(kept(index), read_hints([pairs[7], pairs[2], pairs[7]], circles, 64))
+
+
 def test_a_run_leaves_a_controlnet_and_tells_what_moves(finished, pipeline_folder):
     controlnet, about = ControlNet.load(finished / "controlnet")
     assert about["step"] == 6
@@ -106,7 +119,7 @@ def test_prompts_are_dropped_as_often_as_told_and_hints_keep_their_targets(circl
     base, pairs = load_base(pipeline_folder), read_pairs(circles / "prompt.json")
     cache = encode_pairs(base, pairs, circles, 64)
     hints = read_hints(pairs, circles, 64)
-    batches = train.PairBatches(cache, pairs, circles, 64, torch.arange(44), base.schedule, 400, 0.25, seed=0)
+    batches = train.PairBatches(cache, hints.__getitem__, torch.arange(44), base.schedule, 400, 0.25, seed=0)
     batch = batches(0, seeded_generator(0, 1, 0))
     empty = base.encode_prompts([""])[0]
     dropped = (batch["context"] - empty).flatten(1).abs().amax(1) < 1e-3
@@ -215,7 +228,8 @@ def test_bad_arguments_are_one_clear_line(call, circles, tmp_path, flags, compla
 def test_the_watch_sees_control_where_there_is_some(circles, pipeline_folder, controlnet_folder, at_once):
     base, pairs = load_base(pipeline_folder), read_pairs(circles / "prompt.json")
     cache = encode_pairs(base, pairs, circles, 64)
-    batches = train.PairBatches(cache, pairs, circles, 64, torch.arange(44), base.schedule, 4, 0.0, seed=0)
+    hints = train.hint_reader(pairs, circles, 64)
+    batches = train.PairBatches(cache, hints, torch.arange(44), base.schedule, 4, 0.0, seed=0)
     watch = Watch(base, batches(0, seeded_generator(0, 3)), cache.null_context, 2.0, at_once)
     with torch.no_grad():
         controlnet = ControlNet.load(controlnet_folder)[0]
