@@ -206,3 +206,16 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
 def half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state with its floating-point tensors in fp16, as weights are shipped."""
     return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+def start_from(model: nn.Module, weights: Path, about: Mapping[str, Any]) -> None:
+    """Load weights for training to go on from.
+
+    Raises:
+        UserError: they do not fit, or were trained for another schedule or prediction than `about` says.
+    """
+    state, theirs = load_model_file(weights, about["kind"])
+    for name in ("schedule", "prediction"):
+        if theirs[name] != about[name]:
+            raise UserError(f"--init {weights}: its {name} is {theirs[name]}, not {about[name]}; change the flags")
+    load_strictly(model, state, str(weights))

@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import half, load_model_file, load_strictly, save_tensors
+from common.checkpoint import half, save_tensors, start_from
 from common.data import (
     HELD_OUT_EVERY,
     LabelledImages,
@@ -201,19 +200,6 @@ def model_config(args) -> ContextUNetConfig:
     if args.image_size < config.stride or args.image_size % config.stride:
         raise UserError(f"--image-size {args.image_size}: must be divisible by {config.stride}")
     return config
-
-
-def start_from(model: ContextUNet, weights: Path, about: Mapping[str, Any]) -> None:
-    """Load weights to go on from.
-
-    Raises:
-        UserError: they do not fit, or were trained for another schedule or prediction than `about` says.
-    """
-    state, theirs = load_model_file(weights, "ContextUNet")
-    for name in ("schedule", "prediction"):
-        if theirs[name] != about[name]:
-            raise UserError(f"--init {weights}: its {name} is {theirs[name]}, not {about[name]}; change the flags")
-    load_strictly(model, state, str(weights))
 
 
 def main(args) -> Path:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import half, save_tensors
+from common.checkpoint import half, save_tensors, start_from
 from common.data import (
     HELD_OUT_EVERY,
     LabelledImages,
@@ -79,19 +79,19 @@ def sample_grid(model: nn.Module, count: int, size: int, schedule: NoiseSchedule
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="train.py", description=__doc__)
-    parser.add_argument_group("run").add_argument(
-        "--out", type=Path, default=ROOT / "runs" / "p2", help="folder of the run"
-    )
+    files = parser.add_argument_group("run")
+    files.add_argument("--out", type=Path, default=ROOT / "runs" / "p2", help="folder of the run")
+    files.add_argument("--init", type=Path, help="weights to start from; a resumed run has its own")
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, default=ROOT / "hw2_data" / "faces", help="folder of images")
     data.add_argument("--image-size", type=int, default=64, help="side to cut and resize the images to")
     data.add_argument("--flip", action=BooleanOptionalAction, default=True, help="mirror half of the images")
     model = parser.add_argument_group("model")
-    model.add_argument("--patch-size", type=int, default=4, help="pixel blocks folded into channels")
-    model.add_argument("--widths", type=int, nargs="+", default=[128, 192], help="channels by level, finest first")
+    model.add_argument("--patch-size", type=int, default=2, help="pixel blocks folded into channels")
+    model.add_argument("--widths", type=int, nargs="+", default=[64, 128, 192], help="channels by level, finest first")
     model.add_argument("--blocks", type=int, default=1, help="residual blocks a level")
     model.add_argument(
-        "--attention", type=int, nargs="+", default=[0, 1], choices=(0, 1), help="levels that attend, finest first"
+        "--attention", type=int, nargs="+", default=[0, 0, 1], choices=(0, 1), help="levels that attend, finest first"
     )
     model.add_argument("--dropout", type=float, default=0.0, help="inside residual blocks")
     model.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="noise schedule")
@@ -156,9 +156,13 @@ def main(args) -> Path:
         "prediction": args.prediction,
         "image_size": args.image_size,
     }
+    notes = {"flip": args.flip, "min_snr_gamma": args.min_snr_gamma, "init": str(args.init) if args.init else None}
     torch.manual_seed(options.seed)
+    model = FaceUNet(config)
+    if args.init:
+        start_from(model, args.init, about)
     validate = loss_of(validation_batch, loss_fn)
-    trainer = Trainer(FaceUNet(config), options, args.out, about, batches, loss_fn, validate, sample)
+    trainer = Trainer(model, options, args.out, about, batches, loss_fn, validate, sample, notes)
     averaged = trainer.run()
     path = args.out / "model.safetensors"
     if trainer.accelerator.is_main_process:
