@@ -34,6 +34,9 @@ class FaceUNetConfig:
         middle_attention: the residual blocks between encoder and decoder, and which of them attend.
         embedding: width of the time embedding.
         dropout: dropout probability inside residual blocks.
+        means: whether the output also gets a linear map, by the timestep, of the folded channels' means over the image.
+            Group norms all but hide these from the network, and where pixels are folded they are not its brightness
+            alone but also the finest checkerboards, which would stay in the picture as the noise had them.
     """
 
     image_channels: int = 3
@@ -44,6 +47,7 @@ class FaceUNetConfig:
     middle_attention: tuple[bool, ...] = (True, False)
     embedding: int = 512
     dropout: float = 0.0
+    means: bool = False
 
     def __post_init__(self):
         for name in ("widths", "attention", "middle_attention"):
@@ -205,6 +209,8 @@ class FaceUNet(nn.Module):
             self.add_module(layer.name, make_layer(layer, config))
         last = zeroed(nn.Conv2d(width, config.folded_channels, 3, padding=1))
         self.out = nn.Sequential(group_norm(width), nn.SiLU(), last)
+        if config.means:
+            self.means = zeroed(nn.Linear(config.embedding, config.folded_channels**2))
 
     def forward(self, xt: Tensor, t: Tensor) -> Tensor:
         """One prediction.
@@ -222,7 +228,8 @@ class FaceUNet(nn.Module):
             module = getattr(self, layer.name)
             return module(x, embedding) if layer.kind == "block" else module(x)
 
-        h, skips = F.pixel_unshuffle(xt, self.config.patch_size), []
+        h = folded = F.pixel_unshuffle(xt, self.config.patch_size)
+        skips = []
         for layer in self.down:
             h = run(layer, h)
             skips.append(h)
@@ -230,7 +237,11 @@ class FaceUNet(nn.Module):
             h = run(layer, h)
         for layer in self.up:
             h = run(layer, torch.cat([h, skips.pop()], dim=1) if layer.kind == "block" else h)
-        return F.pixel_shuffle(self.out(h), self.config.patch_size)
+        output = self.out(h)
+        if self.config.means:
+            weights = self.means(embedding).unflatten(1, (folded.shape[1], folded.shape[1]))
+            output = output + torch.einsum("nij,njhw->nihw", weights, folded.mean(dim=(2, 3), keepdim=True))
+        return F.pixel_shuffle(output, self.config.patch_size)
 
 
 def load_face_unet(path: Path) -> tuple[FaceUNet, dict[str, Any]]:

@@ -93,6 +93,9 @@ def parse_arguments(argv: list[str] | None = None):
     model.add_argument(
         "--attention", type=int, nargs="+", default=[0, 0, 1], choices=(0, 1), help="levels that attend, finest first"
     )
+    model.add_argument(
+        "--means", action=BooleanOptionalAction, default=True, help="a linear map of the folded channels' means beside"
+    )
     model.add_argument("--dropout", type=float, default=0.0, help="inside residual blocks")
     model.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="noise schedule")
     model.add_argument("--prediction", choices=PREDICTIONS, default="v", help="what the network predicts")
@@ -116,6 +119,7 @@ def model_config(args) -> FaceUNetConfig:
             middle_attention=(True,),
             embedding=4 * args.widths[0],
             dropout=args.dropout,
+            means=args.means,
         )
     except ValueError as error:
         raise UserError(f"--widths, --attention: {error}") from None

@@ -121,6 +121,20 @@ def test_impossible_sizes_are_refused(wrong):
         FaceUNetConfig(**wrong)
 
 
+def test_the_means_of_folded_channels_reach_the_output():
+    """GroupNorm with one group of a channel or two takes them away; a linear map of them is a closed form."""
+    torch.manual_seed(3)
+    config = FaceUNetConfig(widths=(8, 16), attention=(0, 0), patch_size=2, blocks=1, embedding=8, means=True)
+    model, xt, t = FaceUNet(config), torch.randn(2, 3, 8, 8), torch.tensor([5, 700])
+    assert not model(xt, t).any()
+    torch.nn.init.normal_(model.means.weight)
+    maps = (model.time(t) @ model.means.weight.T).reshape(2, 12, 12)
+    phases = torch.stack([xt[:, c, i::2, j::2] for c in range(3) for i in (0, 1) for j in (0, 1)], dim=1)
+    expected = (maps @ phases.mean((2, 3))[..., None])[..., 0]
+    for k, (c, i, j) in enumerate((c, i, j) for c in range(3) for i in (0, 1) for j in (0, 1)):
+        assert (model(xt, t)[:, c, i::2, j::2] - expected[:, k, None, None]).abs().max() < 1e-5
+
+
 def test_a_new_network_puts_out_zeros():
     model = FaceUNet(FaceUNetConfig(widths=(8, 16), attention=(False, True)))
     assert not model(torch.randn(1, 3, 8, 8), torch.tensor([5])).any()
