@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from common.circles import VISIBLE, Circle, Scene, draw_target, random_places
+from common.circles import VISIBLE, Circle, Scene, draw_target, random_places, visible_against
 from common.clip import Clip
 from common.colour import COLOURS, ciede2000, rgb_to_lab
 from common.errors import Parser, UserError, run
@@ -42,13 +42,26 @@ def nearest_name(colour: Sequence[int]) -> tuple[str, float]:
 
 
 def concept_scenes(token: str, count: int, seed: int) -> list[Scene]:
-    """Discs of a concept's colour at places of their own, each on another background that it can be told from."""
+    """Discs of a concept's colour at places of their own, each on another background that it can be told from.
+
+    In every second scene it has a smaller disc of a named colour beside it, on its right and on its left in turns: what
+    a word means in a sentence's first place, the text encoder does not know of it in its second.
+    """
     colour = rgb_to_lab(CONCEPTS[token])
     visible = [name for name in COLOURS if np.linalg.norm(rgb_to_lab(COLOURS[name]) - colour) > VISIBLE]
     generator = seeded_generator(seed, 6, list(CONCEPTS).index(token))
-    backgrounds = torch.randperm(len(visible), generator=generator).tolist()
-    places = (random_places(generator, 1, SIZE)[0] for _ in range(count))
-    return [Scene((Circle(*place, token),), visible[k]) for place, k in zip(places, backgrounds)]
+    backgrounds = [visible[k] for k in torch.randperm(len(visible), generator=generator).tolist()]
+    scenes = []
+    for k, background in zip(range(count), backgrounds):
+        places, colours = random_places(generator, 1 + k % 2, SIZE), [token]
+        if k % 2:
+            own = k // 2 % 2
+            while places[own][2] <= places[1 - own][2]:
+                places = random_places(generator, 2, SIZE)
+            beside = [name for name in visible if name in visible_against(background)]
+            colours.insert(1 - own, beside[int(torch.randint(len(beside), (1,), generator=generator))])
+        scenes.append(Scene(tuple(Circle(*place, name) for place, name in zip(places, colours)), background))
+    return scenes
 
 
 def prompt_scenes(prompt: str, token: str, count: int) -> list[Scene]:

@@ -44,7 +44,7 @@ from p3_personalization.words import FORM, Words, add_words, check_prompts, with
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = {
-    "steps": 400, "batch_size": 16, "lr": 2e-3, "weight_decay": 0.0, "warmup": 10, "ema": 0.0,
+    "steps": 250, "batch_size": 16, "lr": 3e-4, "weight_decay": 0.0, "warmup": 10, "ema": 0.0,
     "validate_every": 100, "sample_every": 200, "save_every": 100,
 }  # fmt: skip
 CLASS_STEPS = 20
@@ -176,8 +176,8 @@ def parse_arguments(argv: list[str] | None = None):
     files.add_argument("--out", type=Path, default=ROOT / "runs" / "p3_custom", help="folder of the run")
     files.add_argument("--show", nargs="+", default=[], metavar="TEXT", help="more prompts to draw meanwhile")
     prior = parser.add_argument_group("prior preservation")
-    prior.add_argument("--class-share", type=float, default=0.5, help="part of a batch that are the class's pictures")
-    prior.add_argument("--class-images", type=int, default=100, help="how many the base draws, once")
+    prior.add_argument("--class-share", type=float, default=0.75, help="part of a batch that are the class's pictures")
+    prior.add_argument("--class-images", type=int, default=200, help="how many the base draws, once")
     prior.add_argument(
         "--class-prompts", type=Path, metavar="FILE", help="a prompt a line (default: circles, of the shipped base)"
     )

@@ -38,7 +38,7 @@ OWN_WORDS = ROOT / "checkpoints" / "words_sd.safetensors"
 EXAMPLES = HERE / "examples"
 OUTPUT = ROOT / "outputs" / "p3_2024"
 SAMPLER = "dpm-solver++"
-MINIATURE_GUIDANCE_SCALE = 2.0
+MINIATURE_GUIDANCE_SCALE = 3.0
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ BASE = ROOT / "p3_controlnet" / "weights" / "base"
 STARTS = {ROOT / "runs" / "concepts" / "0": "purple", ROOT / "runs" / "concepts" / "1": "olive"}
 SHOWN, STEPS = 4, 10  # pictures of each word while it is learned, and steps to draw them in
 DEFAULTS = {
-    "steps": 600, "batch_size": 8, "lr": 1e-2, "weight_decay": 0.0, "warmup": 10, "ema": 0.0,
+    "steps": 400, "batch_size": 8, "lr": 2e-3, "weight_decay": 0.0, "warmup": 10, "ema": 0.0,
     "validate_every": 100, "sample_every": 500, "save_every": 100,
 }  # fmt: skip
 
@@ -76,7 +76,11 @@ def add_concept_arguments(parser: Parser) -> None:
     )  # fmt: skip
     data.add_argument("--views", type=int, default=16, help="crops and mirror images a picture, encoded once")
     data.add_argument("--smallest-crop", type=float, default=0.8, help="side of the smallest part, of the picture's")
-    data.add_argument("--flip", action=BooleanOptionalAction, default=True, help="mirror some views")
+    data.add_argument(
+        "--flip",
+        action=BooleanOptionalAction,
+        help="mirror some views (default: yes, but the miniature's concepts, told of from left to right)",
+    )
     base.add_argument("--guidance-scale", type=float, default=2.0, help="of pictures drawn meanwhile")
 
 
@@ -108,6 +112,11 @@ def initialisers_of(args) -> list[str]:
     if not args.initialiser and args.images != [*STARTS]:
         raise UserError("--initialiser: name a known word that tells roughly what the pictures show, such as dog")
     return args.initialiser or [*STARTS.values()]
+
+
+def flips(args) -> bool:
+    """Whether some views are mirrored: as is said, or unless the sentences tell left from right."""
+    return args.images != [*STARTS] if args.flip is None else args.flip
 
 
 def tokens_and_initialisers(args) -> tuple[list[str], list[str]]:
@@ -147,7 +156,7 @@ def read_concepts(args, base: Base, seed: int) -> Concepts:
     extended = with_new_rows(base, vectors)
     size = base.unet.config.sample_size * base.factor
     told = [read_concept(folder, token, size, args.template) for folder, token in zip(args.images, tokens)]
-    examples = encode(extended, told, args.views, args.smallest_crop, args.flip, seed)
+    examples = encode(extended, told, args.views, args.smallest_crop, flips(args), seed)
     return Concepts(vectors, rows, extended, told, examples)
 
 
@@ -158,9 +167,9 @@ def shown_prompts(concepts: Concepts) -> list[str]:
 
 def notes_of(args) -> dict[str, Any]:
     """How words were learned beyond the training options, for the files."""
-    names = "images", "base", "template", "views", "smallest_crop", "flip"
+    names = "images", "base", "template", "views", "smallest_crop"
     plain = {name: json.loads(json.dumps(getattr(args, name), default=str)) for name in names}
-    return plain | {"initialiser": initialisers_of(args)}
+    return plain | {"initialiser": initialisers_of(args), "flip": flips(args)}
 
 
 def parse_arguments(argv: list[str] | None = None):

@@ -52,10 +52,16 @@ def test_every_picture_shows_the_concept_where_its_scene_says():
     for token, colour in CONCEPTS.items():
         scenes = concept_scenes(token, 5, seed=0)
         assert len({scene.background for scene in scenes}) == 5
+        assert [len(scene.circles) for scene in scenes] == [1, 2, 1, 2, 1]
+        assert [scenes[k].circles[place].colour for k, place in ((1, 0), (3, 1))] == [token, token]
         for scene in scenes:
-            picture, (circle,) = draw(scene), scene.circles
+            picture, circle = draw(scene), max(scene.circles, key=lambda circle: circle.radius)
             assert picture.shape == (128, 128, 3)
+            assert circle.colour == token
             assert tuple(picture[int(circle.y), int(circle.x)]) == colour
+            for other in {one.colour for one in scene.circles} - {token}:
+                for against in (COLOURS[scene.background], colour):
+                    assert np.linalg.norm(rgb_to_lab(COLOURS[other]) - rgb_to_lab(against)) > VISIBLE
             corner = COLOURS[scene.background]
             assert tuple(picture[0, 0]) == corner
             assert np.linalg.norm(rgb_to_lab(corner) - rgb_to_lab(colour)) > VISIBLE
@@ -77,7 +83,8 @@ def test_the_folder_is_as_the_grader_gives_it(made):
         assert names == [f"{k}.{kind}" for k in range(5) for kind in ("png", "txt")]
         for k in range(5):
             caption = (made.parent / number / f"{k}.txt").read_text().strip()
-            background = re.fullmatch(r"\{\} circle with ([a-z ]+) background", caption)[1]
+            assert len(re.findall(r"\{\} circle\b", caption)) == 1
+            background = re.fullmatch(r"[a-z {}]+ circle with ([a-z ]+) background", caption)[1]
             with Image.open(made.parent / number / f"{k}.png") as picture:
                 assert picture.getpixel((0, 0)) == COLOURS[background]
     assert sorted(path.name for path in made.parent.iterdir()) == ["0", "1", "input.json"]

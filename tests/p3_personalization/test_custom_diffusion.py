@@ -132,7 +132,7 @@ def test_a_run_leaves_words_and_matrices(call, base, tmp_path):
     path = call()
     tensors, about = load_tensors(path)
     assert about["step"] == 4
-    assert about["training"]["class_share"] == 0.5
+    assert about["training"]["class_share"] == 0.75
     assert {"<new1>", "<new2>"} <= tensors.keys()
     for name, stored in matrix_names(base.unet).items():
         change = (tensors[stored] - base.unet.get_parameter(name)).abs()
