@@ -18,12 +18,15 @@ demo: setup
 	$$PYTHON p2_ddim/figures.py --only eta strips; \
 	bash hw2_3.sh; \
 	$$PYTHON p3_controlnet/figures.py outputs/p3_figures; \
+	bash hw2_3_2024.sh; \
+	$$PYTHON p3_personalization/figures.py; \
 	echo "P1 digits:  $$PWD/outputs/p1"; \
 	echo "P1 figures: $$PWD/outputs/p1_figures"; \
 	echo "P2 faces:   $$PWD/outputs/p2"; \
 	echo "P2 figures: $$PWD/outputs/p2_figures"; \
 	echo "P3 circles: $$PWD/outputs/p3"; \
-	echo "P3 figures: $$PWD/outputs/p3_figures"
+	echo "P3 figures: $$PWD/outputs/p3_figures"; \
+	echo "P3 of 2024: $$PWD/outputs/p3_2024 and $$PWD/outputs/p3_2024_figures"
 
 test: setup
 	$(IN_ROOT) .venv/bin/python -m pytest --numprocesses auto
