@@ -91,7 +91,8 @@ def training_steps(
 
     cached = encoded()
     t = torch.randint(0, base.schedule.T, (len(pairs),), generator=generator)
-    fixed = {"hint": hints, "t": t, "eps": torch.randn(cached["x0"].shape, generator=generator)}
+    eps = torch.randn(cached["x0"].shape, generator=generator)
+    fixed = {"hint": hints, "t": t.to(base.device), "eps": eps.to(base.device)}
 
     def step(condition: dict[str, Tensor]) -> Tensor:
         loss = control_loss(controlnet, base, condition | fixed, gamma=0.0)

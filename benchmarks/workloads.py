@@ -23,7 +23,8 @@ from p3_controlnet.unet import ControlledUNet
 
 # What `p2_ddim/train.py` trains by default.
 OWN_FACES = FaceUNetConfig(
-    patch_size=4, widths=(128, 192), blocks=1, attention=(False, True), middle_attention=(True,), embedding=512
+    patch_size=2, widths=(64, 128, 192), blocks=1, attention=(False, False, True), middle_attention=(True,),
+    embedding=256, means=True,
 )  # fmt: skip
 MINIATURE_HINT_CHANNELS = (16, 32, 48, 64)
 # A step of AdamW with clipping and averaged weights touches a trained parameter so often: 7 numbers of AdamW, 3 for the
