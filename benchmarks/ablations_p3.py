@@ -148,12 +148,16 @@ class Workshop:
         """Their latents and contexts."""
         return encode_pairs(self.base, self.pairs, self.data, self.size, self.data / "cache")
 
+    @cached_property
+    def hints(self):
+        """Their hints, read once for all variants."""
+        return hint_reader(self.pairs, self.data, self.size)
+
     def batches(self, held_out: bool, count: int, drop: float, seed: int) -> PairBatches:
         """Batches of the pairs that are trained on, or of those held out."""
         members = torch.arange(len(self.pairs))
         members = members[(members % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held_out]
-        hints = hint_reader(self.pairs, self.data, self.size)
-        return PairBatches(self.cache, hints, members, self.base.schedule, count, drop, seed)
+        return PairBatches(self.cache, self.hints, members, self.base.schedule, count, drop, seed)
 
     def train(self, variant: str, change) -> dict[str, Any]:
         """Train one variant; returns its row."""
