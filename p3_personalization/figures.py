@@ -30,8 +30,10 @@ from p3_personalization.discs import concept_colour, shown_colours
 from p3_personalization.evaluate import read_references
 from p3_personalization.generate import (
     BASE,
+    CUSTOM,
+    CUSTOM_DIFFUSION,
     EXAMPLES,
-    HERE,
+    INVERSION,
     ROOT,
     WORDS,
     DrawingOptions,
@@ -45,9 +47,7 @@ from p3_personalization.generate import (
 from p3_personalization.table import Concept, read_table
 from p3_personalization.words import check_prompts
 
-CUSTOM = HERE / "weights" / "custom.safetensors"
 FIGURES = ("learned", "both")
-INVERSION, CUSTOM_DIFFUSION = "textual inversion", "Custom Diffusion"
 TWO = "a {} next to a {}"
 MINIATURE_TWO = "{} circle and {} circle with gray background"
 VIEWS = 5  # pictures of a concept in a row

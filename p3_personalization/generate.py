@@ -33,6 +33,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 BASE = ROOT / "p3_controlnet" / "weights" / "base"
 WORDS = HERE / "weights" / "words.safetensors"
+CUSTOM = HERE / "weights" / "custom.safetensors"
+INVERSION, CUSTOM_DIFFUSION = "textual inversion", "Custom Diffusion"
 # A student's own, for the real Stable Diffusion: here, or beside SD_CKPT.
 OWN_WORDS = ROOT / "checkpoints" / "words_sd.safetensors"
 EXAMPLES = HERE / "examples"

@@ -56,6 +56,7 @@ def parse_arguments(argv: list[str] | None = None):
     weights.add_argument(
         "--words", type=Path, nargs="+", metavar="FILE", help="learned words (default: the base's own)"
     )
+    weights.add_argument("--custom", type=Path, metavar="FILE", help="of custom_diffusion.py (default: the base's own)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--precision", choices=PRECISIONS, default="auto", help="of all networks but the faces'")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -84,7 +85,7 @@ def make_pages(args) -> dict[str, Any]:
     given = controlnet.parse_arguments(["--device", args.device, "--precision", args.precision])
     given.base, given.controlnet = args.base, args.controlnet
     learned = generate.parse_arguments(["--device", args.device, "--precision", args.precision])
-    learned.base, learned.words = args.base, args.words
+    learned.base, learned.words, learned.custom = args.base, args.words, args.custom
     return {
         "digits": Digits(args.digit_weights, device, precision),
         "faces": Faces(args.face_weights, device, "fp32"),

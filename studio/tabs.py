@@ -228,12 +228,14 @@ def words_tab(words: Words, page: gr.Blocks) -> None:
     word = gr.HTML(elem_id="words-notice")
     gr.Markdown(
         "A learned word is a row of the text encoder's table that was trained on a few pictures of one thing, while all"
-        " other weights stayed as they were. Write it into the prompt like any other word."
+        " other weights stayed as they were. Write it into the prompt like any other word. Custom Diffusion learned the"
+        " words together with matrices of the U-Net: it alone can put two learned words into one picture."
     )
     tokens = gr.Markdown(elem_id="words-tokens")
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             prompt = gr.Textbox("gold circle with navy background", label="prompt", elem_id="words-prompt", lines=2)
+            way = gr.Radio(word_page.WAYS, value=word_page.INVERSION, label="learned by")
             count = gr.Slider(1, word_page.MOST_PICTURES, 4, step=1, label="pictures")
             guidance = gr.Slider(0, word_page.MOST_GUIDANCE, words.guidance(), step=0.5, label="guidance")
             steps = gr.Slider(1, word_page.MOST_STEPS, 10, step=1, label="steps")
@@ -242,7 +244,7 @@ def words_tab(words: Words, page: gr.Blocks) -> None:
             button, stop, status = buttons("words")
         with gr.Column(scale=2):
             drawn = gr.HTML(figure("pictures"), elem_id="words-picture")
-    inputs = [prompt, count, guidance, method, steps, seed]
+    inputs = [prompt, way, count, guidance, method, steps, seed]
     event = drawing([button.click], draw, inputs, [drawn, status], stop)
     for trigger in (page.load, event.then):
         trigger(known, None, [word, tokens], **AT_ONCE)

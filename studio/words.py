@@ -8,21 +8,28 @@ from typing import Any
 import torch
 from PIL import Image
 
+from common.checkpoint import load_tensors
+from common.errors import UserError
 from common.images import grid, to_pil
 from common.stable_diffusion.base import Base
 from common.stable_diffusion.flags import SAMPLERS
 from p3_personalization.generate import (
+    CUSTOM,
+    CUSTOM_DIFFUSION,
+    INVERSION,
     DrawingOptions,
     default_words,
     drawing_options,
+    is_miniature,
     load_plain,
     pictures,
     with_learned,
 )
-from p3_personalization.words import check_prompts, load_all_words
+from p3_personalization.words import FORM, check_prompts, load_all_words
 from studio.parts import Kept, Status, choice, number, whole
 
 MOST_STEPS, MOST_PICTURES, MOST_GUIDANCE = 100, 8, 15
+WAYS = INVERSION, CUSTOM_DIFFUSION
 SIDE = 256  # pixels of a picture in the page, at least
 
 
@@ -30,14 +37,15 @@ class Words:
     """Draws prompts with learned words.
 
     Args:
-        args: arguments of p3_personalization/generate.py: base, words, device and precision. Words may come later;
-            until then prompts are drawn as the frozen base understands them.
+        args: arguments of p3_personalization/generate.py: base, words, custom, device and precision. Words may come
+            later; until then prompts are drawn as the frozen base understands them.
     """
 
     def __init__(self, args: Namespace):
         self.args = args
         self.plain = Kept(lambda _: load_plain(args))
         self.read = Kept(lambda base, *files: with_learned(self.plain(base), files))
+        self.changed = Kept(lambda base, file: with_learned(self.plain(base), [], file))
 
     def files(self) -> list[Path]:
         """Files of words: those named, or the usual one if it is there.
@@ -50,13 +58,21 @@ class Words:
         usual = default_words(self.args.base)
         return [usual] if usual.exists() else []
 
+    def custom(self) -> Path | None:
+        """What Custom Diffusion learned: the file that is named, or the shipped one for the shipped base, or none."""
+        if self.args.custom:
+            return self.args.custom
+        return CUSTOM if is_miniature(self.args.base) and CUSTOM.exists() else None
+
     def tokens(self) -> list[str]:
-        """The words that are there.
+        """The words that are there, by either way.
 
         Raises:
-            UserError: a file is missing or broken, or two have the same word.
+            UserError: a file is missing or broken, or two of textual inversion's have the same word.
         """
-        return list(load_all_words(self.files()))
+        together = load_all_words(self.files())
+        changed = load_tensors(self.custom())[0] if self.custom() else {}
+        return list(dict.fromkeys([*together, *filter(FORM.fullmatch, changed)]))
 
     def missing(self) -> str:
         """What to do about words that are not there; "" where there are some.
@@ -72,26 +88,36 @@ class Words:
             " file with --words."
         )
 
-    def base(self) -> Base:
-        """The base with the words as they are now.
+    def base(self, way: str) -> Base:
+        """The base as it is now with what one of `WAYS` learned.
 
         Raises:
-            UserError: weights are missing or broken, or the words do not fit the base.
+            UserError: weights are missing or broken, or what was learned does not fit the base.
         """
-        return self.read(self.args.base, *self.files())
+        if way == INVERSION:
+            return self.read(self.args.base, *self.files())
+        if self.custom() is None:
+            raise UserError(
+                "Custom Diffusion learned nothing for this base yet; run p3_personalization/custom_diffusion.py, and"
+                " name its file with --custom"
+            )
+        return self.changed(self.args.base, self.custom())
 
     def guidance(self) -> float:
         """The guidance scale that generate.py draws with."""
         return drawing_options(self.args).guidance_scale
 
     def draw(
-        self, prompt: Any, count: Any, guidance_scale: Any, method: Any, steps: Any, seed: Any
+        self, prompt: Any, way: Any, count: Any, guidance_scale: Any, method: Any, steps: Any, seed: Any
     ) -> Iterator[tuple[Image.Image, Status]]:
         """Draw pictures of a prompt, the first ones that generate.py draws; yields those so far as one picture.
+
+        `way` is one of `WAYS`: with the learned words alone, or with words and matrices.
 
         Raises:
             UserError: a value that cannot be drawn, a word that nobody learned, or weights that are missing or broken.
         """
+        way = choice("learned by", way, WAYS)
         count = whole("pictures", count, 1, MOST_PICTURES)
         options = DrawingOptions(
             steps=whole("steps", steps, 1, MOST_STEPS),
@@ -101,7 +127,7 @@ class Words:
             batch_size=1,
         )
         prompt = " ".join(str(prompt or "").split())
-        base, images = self.base(), []
+        base, images = self.base(way), []
         check_prompts(base.tokenizer, [prompt])
         for image in pictures(base, [(prompt, k) for k in range(count)], options):
             images.append(image)

@@ -44,7 +44,7 @@ def test_bad_arguments(capsys):
 
 
 def test_the_weights_named_are_those_used(tmp_path):
-    names = ("digit-weights", "face-weights", "base", "controlnet", "words")
+    names = ("digit-weights", "face-weights", "base", "controlnet", "words", "custom")
     flags = [part for name in names for part in (f"--{name}", str(tmp_path / name))]
     pages = app.make_pages(app.parse_arguments([*flags, "--device", "cpu", "--precision", "fp32"]))
     assert pages["digits"].weights == tmp_path / "digit-weights"
@@ -54,6 +54,7 @@ def test_the_weights_named_are_those_used(tmp_path):
         [tmp_path / "controlnet"],
     )
     assert (pages["words"].args.base, pages["words"].args.words) == (tmp_path / "base", [tmp_path / "words"])
+    assert pages["words"].args.custom == tmp_path / "custom"
     assert {page.args.precision for name, page in pages.items() if name in ("circles", "words")} == {"fp32"}
 
 

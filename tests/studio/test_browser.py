@@ -32,14 +32,16 @@ def face_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(tiny_digit_weights, face_file, pipeline_folder, controlnet_folder, words_file) -> Iterator[str]:
+def address(
+    tiny_digit_weights, face_file, pipeline_folder, controlnet_folder, words_file, custom_file
+) -> Iterator[str]:
     """A studio with small weights, but for the faces, which has none yet."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     weights = {
         "--digit-weights": tiny_digit_weights, "--face-weights": face_file, "--base": pipeline_folder,
-        "--controlnet": controlnet_folder, "--words": words_file,
+        "--controlnet": controlnet_folder, "--words": words_file, "--custom": custom_file,
     }  # fmt: skip
     command = [sys.executable, ROOT / "studio" / "app.py", "--port", port, "--quiet", "--device", "cpu"]
     command += [part for pair in weights.items() for part in pair]
@@ -192,7 +194,7 @@ def test_circles_go_where_one_clicks(page):
 
 def test_learned_words(page):
     tab(page, "Learned words")
-    page.locator("#words-tokens", has_text="<new1>").wait_for()
+    page.locator("#words-tokens", has_text="<new1>, <new2>").wait_for()
     assert page.locator("#words-notice [role=note]").count() == 0
     prompt = page.locator("#words-prompt textarea")
     prompt.fill("a <new2> here")
@@ -200,4 +202,11 @@ def test_learned_words(page):
     page.locator("#words-status [role=alert]", has_text="<new2> is no learned word").wait_for()
     prompt.fill("a <new1> here")
     draw(page, "words")
+    assert sizes(page, "#words-picture") == [4 * 258 + 2]
+    before = source(page, "#words-picture")
+    prompt.fill("a <new2> here")
+    page.get_by_label("Custom Diffusion").check()
+    page.locator("#words-draw").click()
+    page.wait_for_function("before => document.querySelector('#words-picture img')?.src != before", arg=before)
+    page.locator("#words-status", has_text="Done.").wait_for()
     assert sizes(page, "#words-picture") == [4 * 258 + 2]
