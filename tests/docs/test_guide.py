@@ -1,7 +1,10 @@
 """The pages for the reader: every link leads somewhere, every function that is named is where its link says."""
 
 import ast
+import importlib
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,49 @@ ROOT = Path(__file__).resolve().parents[2]
 GUIDE = [ROOT / "docs" / f"p{problem}.md" for problem in (1, 2, 3)]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "scale.md", *GUIDE]
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"(?:\.venv\S*/bin/)?python (?!-m p)|python -m (?=p\d)|torchrun |accelerate launch |bash hw2_")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def links(page: Path) -> list[tuple[str, str]]:
     """Texts and targets of a page's links, not of what stands between fences."""
     return LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8")))
+
+
+def commands(page: Path) -> Iterator[tuple[Path, str]]:
+    """The folders that a page's commands are given in, and the commands: lines between fences, and between backticks.
+
+    A folder holds from its `cd` to the end of the section; what is not there is taken from the root.
+    """
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    folder, fenced = ROOT, False
+    for line in re.sub(r"`[^`\n]+\n[^`\n]+`", lambda found: found[0].replace("\n", " "), text).splitlines():
+        if line.startswith("#") and not fenced:
+            folder = ROOT
+        elif line.startswith("```"):
+            fenced = not fenced
+        elif fenced:
+            for command in re.split(r"; |&& ", line.partition(" #")[0]):
+                if command.startswith("cd "):
+                    folder = ROOT / command.removeprefix("cd ").strip()
+                yield folder, command.strip()
+        else:
+            yield from ((folder, command) for command in re.findall(r"`([^`]+)`", line))
+
+
+def program_of(folder: Path, words: list[str]) -> tuple[str, list[str]] | None:
+    """The module that a command runs, and its arguments; None where it runs nothing of this repository's."""
+    if words[:2] == ["python", "-m"]:
+        return (words[2], words[3:]) if words[2].startswith("p") and "." in words[2] else None
+    at = next((k for k, word in enumerate(words) if word.endswith((".py", ".sh"))), None)
+    if at is None:
+        return None
+    path = next((path for path in (folder / words[at], ROOT / words[at]) if path.exists()), None)
+    assert path, f"{folder}: {words}"
+    if path.suffix == ".sh":
+        called = re.search(r"\w+/\w+\.py", path.read_text())
+        return (called[0].removesuffix(".py").replace("/", "."), words[at + 1 :]) if called else None
+    return ".".join(path.resolve().relative_to(ROOT).with_suffix("").parts), words[at + 1 :]
 
 
 def names_in(tree: ast.AST) -> set[str]:
@@ -49,6 +89,25 @@ def test_links_lead_to_files_and_headings(page):
         if fragment:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             assert fragment in {anchor(heading) for heading in headings}, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_can_be_given(page):
+    """Each command names a program that is there, with arguments that it takes."""
+    looked_at, refused = 0, []
+    for folder, command in commands(page):
+        program = program_of(folder, shlex.split(command.replace(" ...", ""))) if COMMAND.match(command) else None
+        if program is None:
+            continue
+        module, arguments = program
+        try:
+            importlib.import_module(module).parse_arguments(arguments)
+        except SystemExit as stopped:
+            if stopped.code:
+                refused.append(command)
+        looked_at += 1
+    assert refused == []
+    assert looked_at >= 2
 
 
 @pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.name)
