@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import PlainContextUNet, plain_steps
-from benchmarks.timing import median_seconds
+from benchmarks.timing import matrix_product_rate, median_seconds
 from common.data import LabelledImages
 from common.errors import Parser, run
 from common.images import to_uint8
@@ -76,13 +76,6 @@ def diffusers_images(sampler: DigitSampler, digits: list, options: dict, seed: i
             uncond, cond = output.chunk(2)
             xt = scheduler.step(uncond + options["guidance_scale"] * (cond - uncond), t, xt).prev_sample
     return to_uint8(xt.clamp(-1, 1))
-
-
-def measured_matrix_product(precision: str) -> float:
-    """Floating-point operations a second of a 2048-cubed matrix product, the machine's practical ceiling."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(2, 2048, 2048).to(dtype)
-    return 2 * 2048**3 / median_seconds(lambda: a @ b, 9)
 
 
 def forward_flops(model: ContextUNet) -> int:
@@ -198,7 +191,7 @@ def main(args) -> dict:
     passes = 1 if args.guidance_scale == 1 else 2
     flops = forward_flops(sampler.model)
     achieved = flops * passes * args.steps * len(digits) / figures["ours_seconds"]
-    ceiling = measured_matrix_product(sampler.precision)
+    ceiling = matrix_product_rate(sampler.precision, sampler.device)
     figures["utilisation"] = {"flops_a_pass": flops, "achieved": achieved, "matrix_product": ceiling}
     figures["utilisation"]["share"] = achieved / ceiling
     config = replace(sampler.model.config, num_labels=20)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.timing import matrix_product_rate
 from common.errors import Parser, UserError, run
 from common.images import to_uint8
 from common.progress import progress, silenced
@@ -193,7 +194,12 @@ def main(args) -> dict:
             "diffusers": mean_squared_error(images, theirs[0][1]),
         },
         "gflops_a_pass": flops / 1e9,
-        "gflops_a_second": flops * args.steps * args.images / our_seconds / 1e9,
+        "gflops_a_second": {
+            "ours": flops * args.steps * args.images / our_seconds / 1e9,
+            "straightforward": flops * args.steps * args.images / loop_seconds / 1e9,
+            f"matrix product, {precision}": matrix_product_rate(precision, device) / 1e9,
+            "matrix product, fp32": matrix_product_rate("fp32", device) / 1e9,
+        },
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
     print(json.dumps(figures, indent=2))

@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Callable
 from time import perf_counter
 
+import torch
+
 from common.progress import Progress, silenced
 
 
@@ -19,3 +21,9 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
             phase.update()
     del times[0]
     return statistics.median(times)
+
+
+def matrix_product_rate(precision: str, device: torch.device) -> float:
+    """Floating-point operations a second of a 2048-cubed matrix product, the machine's practical ceiling."""
+    a, b = torch.randn(2, 2048, 2048).to(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
+    return 2 * 2048**3 / median_seconds(lambda: (a @ b)[0, 0].item(), 9)  # a value is there once the work is done

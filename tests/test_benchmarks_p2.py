@@ -50,6 +50,8 @@ def test_the_benchmark_reports_every_figure(weights, tmp_path, capsys):
     assert max(figures["mean_squared_error_to"].values()) < 0.1
     assert figures["images"] == "3 of 16x16"
     assert figures["peak_memory_gib"] > 0
+    assert min(figures["gflops_a_second"].values()) > 0
+    assert {"ours", "straightforward", "matrix product, fp32"} <= figures["gflops_a_second"].keys()
 
 
 @pytest.mark.parametrize(
