@@ -16,10 +16,11 @@ class DrawnAhead:
 
     Args:
         draw: from a step to its batch, on the CPU; it must depend on nothing but the step.
+        steps: how many there are; after the last one nothing is drawn ahead.
     """
 
-    def __init__(self, draw: Callable[[int], Batch]):
-        self.draw = draw
+    def __init__(self, draw: Callable[[int], Batch], steps: int):
+        self.draw, self.steps = draw, steps
         self.pool = ThreadPoolExecutor(1, "batches")
         self.waiting: dict[int, Future[Batch]] = {}
 
@@ -31,5 +32,5 @@ class DrawnAhead:
     def __call__(self, step: int) -> Batch:
         future = self.waiting.pop(step, None)
         batch = future.result() if future else self.prepare(step)
-        self.waiting = {step + 1: self.pool.submit(self.prepare, step + 1)}
+        self.waiting = {k: self.pool.submit(self.prepare, k) for k in (step + 1,) if k < self.steps}
         return batch

@@ -103,7 +103,7 @@ class Trainer:
             )
         self.part = options.batch_size // share
         on_cuda = self.accelerator.device.type == "cuda"
-        self.batch_of = DrawnAhead(self.draw_batch) if on_cuda else self.draw_batch
+        self.batch_of = DrawnAhead(self.draw_batch, options.steps) if on_cuda else self.draw_batch
         # channels_last is what tensor cores and oneDNN want for convolutions.
         self.model = model.to(self.accelerator.device, memory_format=torch.channels_last)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

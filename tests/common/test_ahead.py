@@ -17,14 +17,15 @@ def test_the_next_batch_is_drawn_in_a_thread_while_this_one_is_worked_on():
             ready.set()
         return {"x": torch.full((2,), step)}
 
-    batches = DrawnAhead(draw)
+    batches = DrawnAhead(draw, 41)
     assert batches(5)["x"].tolist() == [5, 5]
     assert ready.wait(10)
     assert drawn[5] is threading.main_thread() is not drawn[6]
     before = drawn[6]
     assert batches(6)["x"].tolist() == [6, 6]
     assert drawn[6] is before
-    assert batches(40)["x"].tolist() == [40, 40]  # a run that goes on elsewhere
+    assert batches(40)["x"].tolist() == [40, 40]  # a run that goes on elsewhere, up to its last step
+    assert batches.waiting == {}
 
 
 def test_an_error_comes_with_its_own_step():
@@ -33,7 +34,7 @@ def test_an_error_comes_with_its_own_step():
             raise UserError("row 7: no such image")
         return {"x": torch.zeros(1)}
 
-    batches = DrawnAhead(draw)
+    batches = DrawnAhead(draw, 9)
     batches(0)
     with pytest.raises(UserError, match="row 7"):
         batches(1)
@@ -42,7 +43,7 @@ def test_an_error_comes_with_its_own_step():
 
 def test_training_on_batches_drawn_ahead_is_the_same(tmp_path):
     plain, ahead = make_trainer(tmp_path / "plain"), make_trainer(tmp_path / "ahead")
-    ahead.batch_of = DrawnAhead(ahead.draw_batch)
+    ahead.batch_of = DrawnAhead(ahead.draw_batch, ahead.options.steps)
     for trainer in (plain, ahead):
         trainer.run()
     weights = zip(plain.model.state_dict().values(), ahead.model.state_dict().values())
