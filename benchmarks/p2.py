@@ -30,7 +30,7 @@ from common.schedule import NoiseSchedule
 from p2_ddim.make_examples import diffusers_scheduler
 from p2_ddim.model import COURSE, FaceUNet, FaceUNetConfig, load_face_unet
 from p2_ddim.noise import Noise, random_noises
-from p2_ddim.sample import WEIGHTS, DDIMOptions, FaceSampler
+from p2_ddim.sample import WEIGHTS, DDIMOptions, FaceSampler, count_or_auto
 
 
 class StandIn(nn.Module):
@@ -114,6 +114,13 @@ def forward_flops(config: FaceUNetConfig, size: int) -> int:
     return counter.get_total_flops()
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that the process has held: of the GPU's memory, or of the machine's where there is no GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+
+
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="p2.py", description=__doc__)
     network = parser.add_argument_group("network")
@@ -124,7 +131,7 @@ def parse_arguments(argv: list[str] | None = None):
     work.add_argument("--images", type=int, default=10, help="images to draw")
     work.add_argument("--loop-images", type=int, default=1, help="images that the straightforward loop draws")
     work.add_argument("--steps", type=int, default=50, help="steps of the reverse process")
-    work.add_argument("--batch-size", type=int, help="images at a time (default: as sample.py chooses)")
+    work.add_argument("--batch-size", type=count_or_auto, default="auto", help="images at a time; auto as sample.py")
     work.add_argument("--precision", choices=PRECISIONS, default="auto", help="of ours and of diffusers' run")
     work.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     work.add_argument("--compile", action="store_true", help="torch.compile the network of both")
@@ -200,7 +207,7 @@ def main(args) -> dict:
             f"matrix product, {precision}": matrix_product_rate(precision, device) / 1e9,
             "matrix product, fp32": matrix_product_rate("fp32", device) / 1e9,
         },
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_memory_gib": peak_memory(device) / 2**30,
     }
     print(json.dumps(figures, indent=2))
     write_json(args.json, figures)

@@ -56,15 +56,18 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable, args: argparse.Namespace) -> None:
     """Call `main(args)`, in silence if it says `--quiet`.
 
-    A `UserError` or a full disk becomes one line on stderr and exit code 2.
+    A `UserError`, a full disk, and a file that the system refuses become one line on stderr and exit code 2.
     """
     try:
         with silenced(getattr(args, "quiet", False)):
             main(args)
     except (UserError, OSError) as error:
+        text = str(error)
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+            if error.filename is None:
+                raise
+            text = f"{error.filename}: {error.strerror}; check the path and its permissions"
+        print("error:", " ".join(text.split()), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -156,8 +156,11 @@ def staged(folder: Path) -> Iterator[Path]:
     stage = Path(tempfile.mkdtemp(dir=folder, prefix=".unfinished-"))
     try:
         yield stage
-        for file in sorted(path for path in stage.rglob("*") if path.is_file()):
-            target = Path(folder) / file.relative_to(stage)
+        files = sorted(path for path in stage.rglob("*") if path.is_file())
+        targets = [Path(folder) / file.relative_to(stage) for file in files]
+        if in_the_way := [target for target in targets if target.is_dir()]:
+            raise UserError(f"{in_the_way[0]}: is a folder where a file is to go; move it away")
+        for file, target in zip(files, targets):
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
     except OSError as error:

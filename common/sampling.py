@@ -166,7 +166,7 @@ def reverse_process(
     for i, t in enumerate(timesteps):
         now, following = alpha_bars[i], alpha_bars[i + 1]
         output = denoise(xt, t).to(xt.dtype)
-        x0, eps = schedule.x0_and_eps(output, xt, torch.full((len(xt),), t, device=xt.device), prediction)
+        x0, eps = schedule.x0_and_eps(output, xt, t, prediction)
         if clip_x0:
             x0 = x0.clamp(-1, 1)
             if method == "ddpm":

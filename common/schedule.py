@@ -61,8 +61,14 @@ class NoiseSchedule:
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "alphas_cumprod", torch.cumprod(1 - betas, dim=0))
 
-    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(a-bar_t) and sqrt(1 - a-bar_t), shaped (N, 1, ...) in the dtype and on the device of `like`."""
+    def coefficients(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
+        """sqrt(a-bar_t) and sqrt(1 - a-bar_t), shaped (N, 1, ...) in the dtype and on the device of `like`.
+
+        For one timestep they are plain numbers, for which a GPU need not wait.
+        """
+        if isinstance(t, int):
+            a = float(self.alphas_cumprod[t])
+            return math.sqrt(a), math.sqrt(1 - a)
         # The square roots are taken in float64, and cast before they move: not every device has float64.
         shape = -1, *[1] * (like.ndim - 1)
         signal = self.alphas_cumprod.sqrt().to(like.dtype).to(like.device)[t].reshape(shape)
@@ -87,8 +93,8 @@ class NoiseSchedule:
             return signal * eps - noise * x0
         return {"eps": eps, "x0": x0}[prediction]
 
-    def x0_and_eps(self, output: Tensor, xt: Tensor, t: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-        """The clean image and the noise that a network output implies, both shaped as xt.
+    def x0_and_eps(self, output: Tensor, xt: Tensor, t: Tensor | int, prediction: str) -> tuple[Tensor, Tensor]:
+        """The clean image and the noise that a network output implies, both shaped as xt; t is (N,), or one for all.
 
         v prediction: x0 = sqrt(a-bar) xt - sqrt(1 - a-bar) v, eps = sqrt(1 - a-bar) xt + sqrt(a-bar) v.
         """

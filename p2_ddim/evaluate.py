@@ -67,8 +67,8 @@ def main(args) -> dict[str, float]:
     Raises:
         UserError: as `squared_errors`, or a file that cannot be written.
     """
-    check_json(args.json)
     errors = squared_errors(args.out, args.truth)
+    check_json(args.json)
     errors["mean"] = sum(errors.values()) / len(errors)
     for name, error in errors.items():
         print(f"{name:<12} {error:9.4f}")

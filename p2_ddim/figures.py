@@ -72,7 +72,7 @@ def main(args) -> list[Path]:
     options = ddim_options(args)
     sampler = sampler_from(args)
     noises = noises_for(sampler, args.noise)
-    shown = named(noises, SHOWN)
+    shown = named(noises, SHOWN) if {"eta", "strips"} & set(args.only) else []
     with staged(args.out) as stage:
         for figure in progress([name for name in FIGURES if name in args.only], "figures", "figure"):
             if figure == "eta":

@@ -1,6 +1,6 @@
 """Draw the faces between two noises, along the sphere (slerp) and along the straight line (lerp).
 
-python interpolate.py --between 00 01        # two strips of eleven, and a plot of how long the noises are
+python interpolate.py --between 03 07        # two strips of eleven, and a plot of how long the noises are
 python interpolate.py --json lengths.json    # and the lengths themselves
 python interpolate.py --walk                 # a GIF that walks through all noises and back to the first
 
@@ -150,7 +150,7 @@ def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="interpolate.py", description=__doc__)
     add_source_arguments(parser, HERE.parent / "outputs" / "p2_interpolation")
     way = parser.add_argument_group("way")
-    way.add_argument("--between", nargs=2, default=["00", "01"], metavar="NAME", help="the two noises")
+    way.add_argument("--between", nargs=2, metavar="NAME", help="the two noises (default: the first two)")
     way.add_argument("--walk", action="store_true", help="draw the GIF through all noises instead")
     way.add_argument("--frames", type=int, default=12, help="frames of the GIF from each noise to the next")
     add_json_argument(parser, "write how long the noises between the two are to this file")
@@ -169,10 +169,12 @@ def main(args) -> list[Path]:
         raise UserError(f"--frames {args.frames}: must be at least 1")
     if args.walk and args.json:
         raise UserError("--json: has the lengths between two noises; leave --walk or --json out")
-    check_json(args.json)
     sampler = sampler_from(args)
     noises = noises_for(sampler, args.noise)
-    a, b = named(noises, args.between) if not args.walk else noises[:2]
+    if len(noises) < 2:
+        raise UserError(f"{args.noise}: holds one noise; what lies between takes two")
+    a, b = named(noises, args.between) if args.between else noises[:2]
+    check_json(args.json)
     with staged(args.out) as stage:
         if args.walk:
             save_gif(stage / "walk.gif", walk(sampler, noises, args.frames, options, args.batch_size), hold=100)

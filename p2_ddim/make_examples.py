@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from common.checkpoint import half, load_model_file, save_tensors, write_atomically
-from common.errors import Parser, run
+from common.errors import Parser, UserError, run
 from common.images import staged
 from common.progress import progress, say
 from common.schedule import NoiseSchedule
@@ -85,7 +85,9 @@ def parse_arguments(argv: list[str] | None = None):
 
 def main(args) -> list[Path]:
     """Make what the arguments ask for; returns the files of the ground truth."""
-    if args.noise_only:
+    if args.noise_only is not None:
+        if args.noise_only < 1:
+            raise UserError(f"--noise-only {args.noise_only}: sizes start at 1")
         write_noises(args.out / "noise", random_noises(COUNT, (3, args.noise_only, args.noise_only), args.seed))
         return []
     if args.install:

@@ -252,16 +252,24 @@ def load_face_unet(path: Path) -> tuple[FaceUNet, dict[str, Any]]:
             network (`.pt`, or safetensors without facts), which gets the facts in `COURSE`.
 
     Raises:
-        UserError: the file is missing, truncated, carries code, or does not fit the network.
+        UserError: the file is missing, truncated, carries code, lacks facts, or does not fit the network.
     """
     path, about = Path(path), COURSE
     if path.suffix == ".safetensors":
         state, about = load_model_file(path, "FaceUNet") if load_about(path) else (load_tensors(path)[0], COURSE)
     else:
         state = load_pt(path)
-        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        if not isinstance(state, dict) or not all(
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+        ):
             raise UserError(f"{path}: no state dict of tensors; save one with torch.save(model.state_dict(), ...)")
+    if missing := [fact for fact in COURSE if fact not in about]:
+        raise UserError(f"{path}: does not say its {missing[0]}; save it with train.py")
+    try:
+        config = FaceUNetConfig(**about["config"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its config is of another version ({error}); train with this one") from None
     with torch.device("meta"):  # the initial weights would be overwritten anyway
-        model = FaceUNet(FaceUNetConfig(**about["config"]))
+        model = FaceUNet(config)
     load_strictly(model.to_empty(device="cpu"), state, str(path))
     return model.eval(), about

@@ -50,8 +50,9 @@ def read_noise_file(path: Path, channels: int, stride: int) -> list[Noise]:
     if not isinstance(content, Tensor):
         found = f"{len(content)} things" if isinstance(content, dict | list | tuple) else type(content).__name__
         raise UserError(f"{path}: holds {found}, not one tensor; save one with torch.save(noise, ...)")
-    if content.dtype not in DTYPES:
-        raise UserError(f"{path}: noise of {content.dtype}; save it as torch.float32")
+    if content.dtype not in DTYPES or content.layout != torch.strided:
+        kind = content.dtype if content.layout == torch.strided else content.layout
+        raise UserError(f"{path}: noise of {kind}; save it as a plain tensor of torch.float32")
     shape = tuple(content.shape)
     fits = len(shape) in (3, 4) and shape[-3] == channels and min(shape) > 0 and not any(s % stride for s in shape[-2:])
     if not fits:
@@ -59,9 +60,9 @@ def read_noise_file(path: Path, channels: int, stride: int) -> list[Noise]:
             f"{path}: noise of shape {shape}; it must be ({channels}, H, W) or (N, {channels}, H, W), with H and W"
             f" divisible by {stride}"
         )
-    if not content.isfinite().all():
-        raise UserError(f"{path}: noise with NaN or infinite values; draw it again with torch.randn")
     images = content.detach().float().reshape(-1, *shape[-3:])
+    if not images.isfinite().all():
+        raise UserError(f"{path}: noise with NaN or infinite values; draw it again with torch.randn")
     digits = max(2, len(str(len(images) - 1)))
     names = [path.stem] if len(images) == 1 else [f"{path.stem}_{k:0{digits}d}" for k in range(len(images))]
     return [Noise(name, xt) for name, xt in zip(names, images)]

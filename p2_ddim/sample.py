@@ -159,7 +159,10 @@ class FaceSampler:
 
     def batch_size(self, height: int, width: int) -> int:
         """How many images of a size fit the device's memory at once."""
-        free = torch.cuda.mem_get_info(self.device)[0] * 7 // 10 if self.device.type == "cuda" else CPU_MEMORY
+        free = CPU_MEMORY
+        if self.device.type == "cuda":  # what torch keeps for later is free too
+            kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            free = (torch.cuda.mem_get_info(self.device)[0] + kept) * 7 // 10
         return images_that_fit(self.model.config, height, width, 4 if self.precision == "fp32" else 2, free)
 
     def faces(
@@ -170,29 +173,45 @@ class FaceSampler:
         Args:
             noises: what to start from; sizes may differ.
             options: how to walk.
-            batch_size: images at a time; None for as many as fit the memory.
+            batch_size: images at a time; None for as many as fit the memory, fewer where that was too many.
 
         Raises:
-            UserError: a batch does not fit the GPU's memory.
+            UserError: a batch does not fit the GPU's memory, or an image is not finite.
         """
         with Progress(len(noises) * options.steps, "faces", "step") as phase:
             for (_, height, width), group in groupby(noises, lambda noise: tuple(noise.xt.shape)):
-                alike, size = list(group), batch_size or self.batch_size(height, width)
-                for start in range(0, len(alike), size):
-                    batch = alike[start : start + size]
+                alike, size, start = list(group), batch_size or self.batch_size(height, width), 0
+                while start < len(alike):
+                    batch, done = alike[start : start + size], 0
                     try:
                         for step in reverse_process(**self.steps(batch, options)):
                             images = step.xt
                             phase.update(len(batch))
+                            done += len(batch)
                     except torch.OutOfMemoryError:
-                        raise UserError(
-                            f"{len(batch)} images of {width}x{height} do not fit the GPU's memory; choose a"
-                            " smaller --batch-size"
-                        ) from None
+                        if batch_size or len(batch) == 1:
+                            mend = "choose a smaller --batch-size" if len(batch) > 1 else "choose --precision bf16"
+                            raise UserError(
+                                f"{len(batch)} images of {width}x{height} do not fit the GPU's memory; {mend}"
+                            ) from None
+                        phase.update(-done)
+                        size = len(batch) // 2
+                        continue
+                    if broken := [noise.name for noise, image in zip(batch, images) if not image.isfinite().all()]:
+                        mend = "choose bf16 or fp32" if self.precision == "fp16" else "name other weights"
+                        raise UserError(f"{broken[0]}: drawn in {self.precision} it is not finite; {mend}")
                     yield from zip(batch, to_uint8(images, options.save_range))
+                    start += len(batch)
 
     def pictures(self, noises: Sequence[Noise], options: DDIMOptions, batch_size: int | None = None) -> Tensor:
-        """The images of `faces` alone, all of one size, as one uint8 tensor (N, C, H, W)."""
+        """The images of `faces` alone, all of one size, as one uint8 tensor (N, C, H, W).
+
+        Raises:
+            UserError: as `faces`, or the noises differ in size.
+        """
+        if other := next((noise for noise in noises if noise.xt.shape != noises[0].xt.shape), None):
+            sizes = " and ".join(f"{noise.xt.shape[2]}x{noise.xt.shape[1]}" for noise in (noises[0], other))
+            raise UserError(f"noises {noises[0].name} and {other.name}: are {sizes}; a figure takes one size")
         return torch.stack([image for _, image in self.faces(noises, options, batch_size)])
 
 

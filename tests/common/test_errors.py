@@ -21,6 +21,8 @@ def raising(error):
         (UserError("a.csv row 3:\n  label 'x'"), 2, "error: a.csv row 3: label 'x'\n"),
         (OSError(errno.ENOSPC, "No space left on device", "out/log"), 2,
          "error: [Errno 28] No space left on device: 'out/log'\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "noise/00.pt"), 2,
+         "error: noise/00.pt: Permission denied; check the path and its permissions\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )  # fmt: skip

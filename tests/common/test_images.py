@@ -63,6 +63,19 @@ def test_staged_files_appear_together(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["1_001.png", "svhn"]
 
 
+def test_staged_files_stay_out_where_one_has_no_place(tmp_path):
+    (tmp_path / "b.png").mkdir()
+
+    def fill():
+        with staged(tmp_path) as stage:
+            for name in ("a.png", "b.png"):
+                (stage / name).write_text("new")
+
+    with pytest.raises(UserError, match=r"b\.png: is a folder"):
+        fill()
+    assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
+
+
 def test_staged_files_vanish_on_failure(tmp_path):
     def interrupted():
         with staged(tmp_path) as stage:

@@ -1,8 +1,10 @@
 """What may be handed in: every kind of noise file gives its image, every mistake one line on stderr and no files."""
 
+import errno
 import itertools
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.checkpoint import load_tensors, save_tensors
-from common.errors import run
+from common.errors import UserError, run
 from p2_ddim import sample
 from p2_ddim.sample import FaceSampler
 
@@ -20,11 +22,13 @@ def on_gpu(storage):
     return "cuda:0"
 
 
-@pytest.mark.parametrize("kind", ["3-D", "legacy", "safetensors", "gpu", "fp64", "parameter", "dict", "transposed"])
+@pytest.mark.parametrize(
+    "kind", ["3-D", "legacy", "safetensors", "gpu", "fp64", "parameter", "dict", "transposed", "pth", "dots"]
+)
 def test_noises_of_every_kind_give_the_same_image(kind, noise_folder, tmp_path, face_weights, draw_faces, monkeypatch):
     expected = draw_faces(noise_folder / "00.pt", tmp_path / "expected", face_weights)["00.png"]
     noise = torch.load(noise_folder / "00.pt", weights_only=True)
-    path = tmp_path / ("00.safetensors" if kind == "safetensors" else "00.pt")
+    path = tmp_path / {"safetensors": "00.safetensors", "pth": "00.pth", "dots": "0.0.pt"}.get(kind, "00.pt")
     if kind == "safetensors":
         save_file({"noise": noise}, path)
     elif kind == "legacy":
@@ -41,8 +45,18 @@ def test_noises_of_every_kind_give_the_same_image(kind, noise_folder, tmp_path, 
             "dict": {"noise": noise},
             "transposed": swapped,
         }
-        torch.save(forms[kind], path)
-    assert np.array_equal(draw_faces(path, tmp_path / "out", face_weights)["00.png"], expected)
+        torch.save(forms.get(kind, noise), path)
+    assert np.array_equal(draw_faces(path, tmp_path / "out", face_weights)[f"{path.stem}.png"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_noises_of_half_precision_are_taken_as_they_are(dtype, noise_folder, tmp_path, face_weights, draw_faces):
+    rounded = torch.load(noise_folder / "00.pt", weights_only=True).to(dtype)
+    drawn = []
+    for name, noise in (("half", rounded), ("full", rounded.float())):
+        torch.save(noise, tmp_path / f"{name}.pt")
+        drawn += draw_faces(tmp_path / f"{name}.pt", tmp_path / name, face_weights).values()
+    assert np.array_equal(*drawn)
 
 
 def test_several_images_in_a_file_and_several_sizes_in_a_folder(
@@ -113,6 +127,27 @@ def changed_weights(change):
     return write
 
 
+def changed_facts(change):
+    def write(noise, weights, tmp):
+        tensors, about = load_tensors(weights)
+        change(about)
+        save_tensors(tmp / "changed.safetensors", tensors, about)
+        return {"weights": tmp / "changed.safetensors"}
+
+    return write
+
+
+def truncated_weights(noise, weights, tmp):
+    torch.save({"down1.bias": torch.zeros(999)}, tmp / "UNet.pt")
+    cut(tmp / "UNet.pt")
+    return {"weights": tmp / "UNet.pt"}
+
+
+def numbered_weights(noise, weights, tmp):
+    torch.save({0: torch.zeros(9)}, tmp / "UNet.pt")
+    return {"weights": tmp / "UNet.pt"}
+
+
 def other_model(noise, weights, tmp):
     save_tensors(tmp / "other.safetensors", {"x": torch.zeros(1)}, {"kind": "ContextUNet"})
     return {"weights": tmp / "other.safetensors"}
@@ -136,6 +171,8 @@ MISTAKES = {
     "dtype": (bad_noise(torch.zeros(3, 16, 16, dtype=torch.int64)), ["02.pt", "torch.int64"]),
     "nan": (bad_noise(torch.full((3, 16, 16), torch.nan)), ["02.pt", "NaN"]),
     "infinity": (bad_noise(torch.full((3, 16, 16), -torch.inf)), ["02.pt", "infinite"]),
+    "too large for fp32": (bad_noise(torch.full((3, 16, 16), 1e300, dtype=torch.float64)), ["02.pt", "infinite"]),
+    "sparse": (bad_noise(torch.randn(3, 16, 16).to_sparse()), ["02.pt", "sparse"]),
     "several tensors": (bad_noise([torch.zeros(3, 16, 16)] * 2), ["02.pt", "2 things"]),
     "no tensor": (bad_noise("noise"), ["02.pt", "str"]),
     "same name": (same_name, ["02.png", "rename"]),
@@ -150,11 +187,19 @@ MISTAKES = {
         changed_weights(lambda tensors: tensors.update({"out.2.bias": torch.zeros(7)})),
         ["changed.safetensors", "out.2.bias (7,) for (12,)"],
     ),
+    "no prediction": (changed_facts(lambda about: about.pop("prediction")), ["changed.safetensors", "prediction"]),
+    "unknown config": (
+        changed_facts(lambda about: about["config"].update(colour=3)),
+        ["changed.safetensors", "another version", "colour"],
+    ),
+    "truncated weights": (truncated_weights, ["UNet.pt: truncated"]),
+    "numbers for names": (numbered_weights, ["UNet.pt: no state dict"]),
     "another model": (other_model, ["other.safetensors", "ContextUNet"]),
     "weights are a folder": (lambda noise, weights, tmp: {"weights": tmp}, ["is a folder"]),
     "no weights": (lambda noise, weights, tmp: {"weights": tmp / "UNet.pt"}, ["UNet.pt: no such"]),
     "out is a file": (file_in_the_way, ["out: is a file"]),
     "out below a file": (lambda noise, weights, tmp: {"out": noise / "00.pt" / "out"}, ["00.pt", "cannot be written"]),
+    "name too long": (lambda noise, weights, tmp: {"out": tmp / ("o" * 300)}, ["ooo", "name too long"]),
     "eta": (lambda noise, weights, tmp: {"flags": ["--eta", "1.5"]}, ["--eta 1.5"]),
     "steps": (lambda noise, weights, tmp: {"flags": ["--steps", "0"]}, ["--steps 0"]),
     "too many leading steps": (lambda noise, weights, tmp: {"flags": ["--steps", "1000"]}, ["--steps 1000"]),
@@ -179,7 +224,7 @@ def test_a_mistake_gives_one_line_and_writes_nothing(mistake, noise_folder, tmp_
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert all(word in err for word in words), err
-    assert out.is_file() if changes.get("kept") else not out.exists()
+    assert out.is_file() if changes.get("kept") else not os.path.exists(out)  # Path.exists stumbles over long names
     assert not (tmp_path / "ran").exists()
 
 
@@ -189,6 +234,67 @@ def test_a_wrong_flag_gives_one_line(flags, capsys):
         sample.parse_arguments(flags)
     assert caught.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("fails", "word"), [(Path.is_file, "noise: Permission denied"), (Path.mkdir, "out: cannot be written")]
+)
+def test_what_the_system_refuses_gives_one_line(fails, word, noise_folder, tmp_path, face_weights, monkeypatch, capsys):
+    """As it does for a user who may not enter a folder; a test that runs as root may enter all."""
+
+    def refused(self, *args, **options):
+        if self.name in ("noise", "out"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return fails(self, *args, **options)
+
+    args = sample.parse_arguments([str(path) for path in (noise_folder, tmp_path / "out", face_weights)])
+    monkeypatch.setattr(Path, fails.__name__, refused)
+    with pytest.raises(SystemExit) as caught:
+        run(sample.main, args)
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert word in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("precision", "mend"), [("fp32", "name other weights"), ("fp16", "choose bf16 or fp32")])
+def test_an_image_that_is_not_finite_is_not_saved(
+    precision, mend, noise_folder, tmp_path, face_weights, monkeypatch, capsys
+):
+    def overflow(self, xt, t):
+        output = torch.zeros_like(xt)
+        output[1:] = torch.nan
+        return output
+
+    monkeypatch.setattr(FaceSampler, "denoise", overflow)
+    paths = [str(path) for path in (noise_folder, tmp_path / "out", face_weights)]
+    with pytest.raises(SystemExit) as caught:
+        run(sample.main, sample.parse_arguments([*paths, "--precision", precision, "--steps", "3"]))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"error: 01: drawn in {precision} it is not finite; {mend}\n"
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--batch-size", "4"]])
+def test_a_batch_that_does_not_fit_is_halved_unless_somebody_chose_it(
+    flags, noise_folder, tmp_path, face_weights, draw_faces, monkeypatch
+):
+    expected = draw_faces(noise_folder, tmp_path / "expected", face_weights)
+    denoise = FaceSampler.denoise
+
+    def small(self, xt, t):
+        if len(xt) > 1 and t < 900:
+            raise torch.OutOfMemoryError
+        return denoise(self, xt, t)
+
+    monkeypatch.setattr(FaceSampler, "denoise", small)
+    if flags:
+        with pytest.raises(UserError, match=r"4 images of 16x16 .* choose a smaller --batch-size"):
+            draw_faces(noise_folder, tmp_path / "out", face_weights, *flags)
+        return
+    drawn = draw_faces(noise_folder, tmp_path / "out", face_weights)
+    assert drawn.keys() == expected.keys()
+    assert all(np.abs(drawn[name].astype(int) - expected[name]).max() <= 1 for name in drawn)
 
 
 def test_a_failure_halfway_leaves_no_images(noise_folder, tmp_path, face_weights, monkeypatch):

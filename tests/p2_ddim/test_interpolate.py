@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from common.errors import UserError, run
 from p2_ddim import figures, interpolate
 from p2_ddim.interpolate import STRIP, between, lerp, slerp
 from p2_ddim.noise import Noise
+from p2_ddim.sample import ddim_options, noises_for, sampler_from
 
 ALPHAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 
@@ -145,6 +147,52 @@ def test_walk_returns_to_where_it_began(noise_folder, tmp_path, face_weights):
         assert (gif.n_frames, gif.size, gif.info["loop"]) == (4 * 3, (128, 128), 0)
 
 
+def test_the_walk_goes_along_slerp_through_all_and_back(monkeypatch):
+    noises, seen = [Noise(f"{k:02d}", gaussian(k)) for k in range(3)], []
+
+    class Sampler:
+        def pictures(self, path, options, batch_size):
+            seen.extend(noise.xt for noise in path)
+            return torch.zeros(len(path), 3, 8, 8, dtype=torch.uint8)
+
+    frames = interpolate.walk(Sampler(), noises, 2, None, None)
+    (a, b, c), middle = (noise.xt for noise in noises), 0.5
+    expected = [a, slerp(a, b, middle), b, slerp(b, c, middle), c, slerp(c, a, middle)]
+    assert len(frames) == len(seen) == len(expected)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen, expected))
+
+
+def test_the_two_first_noises_unless_others_are_named(noise_folder, tmp_path, face_weights):
+    for k, path in enumerate(sorted(noise_folder.iterdir())):
+        path.rename(noise_folder / f"{'dcba'[k]}.pt")
+    for rest, expected in (([], ["a", "b"]), (["--between", "d", "b"], ["d", "b"])):
+        file = tmp_path / "lengths.json"
+        args = flags(noise_folder, tmp_path / "out", face_weights, "--json", str(file), *rest)
+        interpolate.main(interpolate.parse_arguments(args))
+        assert json.loads(file.read_text())["between"] == expected
+
+
+def test_the_grid_has_a_row_an_eta(noise_folder, tmp_path, face_weights):
+    args = figures.parse_arguments(flags(noise_folder, tmp_path / "out", face_weights, "--seed", "5"))
+    sampler, options = sampler_from(args), ddim_options(args)
+    noises = noises_for(sampler, noise_folder)
+    picture = figures.eta_grid(sampler, noises, options, None).permute(1, 2, 0)[-5 * 130 - 2 :, -4 * 130 - 2 :]
+    for row, eta in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
+        faces = sampler.pictures(noises, replace(options, eta=eta))
+        for column, face in enumerate(faces):
+            top, left = 2 + 130 * row, 2 + 130 * column
+            assert torch.equal(picture[top : top + 128 : 8, left : left + 128 : 8], face.permute(1, 2, 0))
+
+
+def test_other_names_do_for_what_needs_none(noise_folder, tmp_path, face_weights):
+    for path in list(noise_folder.iterdir()):
+        path.rename(noise_folder / f"my{path.name}")
+    given = flags(noise_folder, tmp_path / "out", face_weights, "--only", "faces", "walk", "--faces", "1")
+    figures.main(figures.parse_arguments([*given, "--frames", "1"]))
+    with pytest.raises(UserError, match="noise 00: not there"):
+        figures.main(figures.parse_arguments(flags(noise_folder, tmp_path / "out", face_weights, "--only", "eta")))
+
+
 def test_figures(noise_folder, tmp_path, face_weights):
     args = flags(noise_folder, tmp_path / "out", face_weights, "--faces", "12", "--frames", "1")
     files = figures.main(figures.parse_arguments(args))
@@ -181,3 +229,16 @@ def test_a_mistake_gives_one_line_and_writes_nothing(program, rest, word, noise_
     assert word in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_one_noise_has_no_way(noise_folder, tmp_path, face_weights):
+    for rest in ([], ["--walk"]):
+        args = interpolate.parse_arguments(flags(noise_folder / "00.pt", tmp_path / "out", face_weights, *rest))
+        with pytest.raises(UserError, match=r"00\.pt: holds one noise"):
+            interpolate.main(args)
+
+
+def test_a_figure_takes_noises_of_one_size(noise_folder, tmp_path, face_weights):
+    torch.save(torch.randn(3, 8, 16), noise_folder / "03.pt")
+    with pytest.raises(UserError, match="00 and 03: are 16x16 and 16x8"):
+        figures.main(figures.parse_arguments(flags(noise_folder, tmp_path / "out", face_weights, "--only", "eta")))

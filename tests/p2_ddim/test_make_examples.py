@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from common.checkpoint import load_tensors
+from common.errors import UserError
 from p2_ddim import evaluate, make_examples, sample
 from p2_ddim.make_examples import diffusers_scheduler
 from p2_ddim.model import COURSE
@@ -60,6 +61,11 @@ def test_installed_weights_are_halved_and_summed(examples, face_weights):
     (halved, facts), (full, about) = load_tensors(path), load_tensors(face_weights)
     assert facts == about
     assert all(torch.equal(tensor, full[name].half()) for name, tensor in halved.items())
+
+
+def test_noises_of_no_size(tmp_path):
+    with pytest.raises(UserError, match="--noise-only 0: sizes start at 1"):
+        make_examples.main(make_examples.parse_arguments(["--noise-only", "0", "--out", str(tmp_path)]))
 
 
 def test_a_number_does_not_depend_on_how_many_are_drawn():
