@@ -4,8 +4,8 @@ python generate.py input.json OUT sd-v1-4.ckpt --words FILE     # words that tex
 python generate.py input.json OUT sd-v1-4.ckpt --custom FILE    # words and matrices of custom_diffusion.py
 python generate.py                                              # the miniature's, into outputs/p3_2024
 
-OUT gets {concept}/{prompt}/source{concept}_prompt{prompt}_{n}.png, n = 0..24. The base is never changed: a prompt
-without a learned word gives the pictures that it gave before.
+OUT gets {concept}/{prompt}/source{concept}_prompt{prompt}_{n}.png, n = 0..24. With words alone a prompt
+without a learned word gives the pictures that it gave before; Custom Diffusion's matrices change those a little.
 """
 
 import math
