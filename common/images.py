@@ -35,6 +35,23 @@ def to_uint8(images: Tensor, save_range: str = "clamp") -> Tensor:
     return (unit * 255 + 0.5).clamp(0, 255).to("cpu", torch.uint8)
 
 
+def check_finite(images: Tensor, names: Sequence[object], precision: str) -> None:
+    """Make sure that drawn images are images.
+
+    Args:
+        images: float (N, C, H, W).
+        names: of the images.
+        precision: that the network drew them in.
+
+    Raises:
+        UserError: one has NaN or infinite values.
+    """
+    finite = images.isfinite().flatten(1).all(dim=1).tolist()
+    if broken := [name for name, whole in zip(names, finite) if not whole]:
+        mend = "choose bf16 or fp32" if precision == "fp16" else "name other weights"
+        raise UserError(f"{broken[0]}: drawn in {precision} it is not finite; {mend}")
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """A uint8 (3, H, W) tensor as a PIL image."""
     return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))

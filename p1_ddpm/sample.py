@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.checkpoint import load_model_file, load_strictly
 from common.errors import Parser, UserError, run
-from common.images import clear_way, staged, to_pil, to_uint8
+from common.images import check_finite, clear_way, staged, to_pil, to_uint8
 from common.progress import Progress, say
 from common.runtime import PRECISIONS, Processes, autocast, pick_device, pick_precision
 from common.sampling import METHODS, ImageNoise, draw, guided
@@ -95,8 +95,14 @@ class DigitSampler:
         }
 
     def images(self, digits: Sequence[Digit], seed: int, options: dict[str, Any]) -> Tensor:
-        """Draw the digits in one batch: uint8 (N, 3, H, W) on the CPU."""
-        return to_uint8(draw(**self.steps(digits, seed, options)))
+        """Draw the digits in one batch: uint8 (N, 3, H, W) on the CPU.
+
+        Raises:
+            UserError: an image is not finite.
+        """
+        images = draw(**self.steps(digits, seed, options))
+        check_finite(images, [digit.file for digit in digits], self.precision)
+        return to_uint8(images)
 
 
 def wanted_digits(domains: Mapping[str, int], layout: str, classes: Sequence[int] | None, count: int) -> list[Digit]:

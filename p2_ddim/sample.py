@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import Parser, UserError, run
-from common.images import SAVE_RANGES, staged, to_pil, to_uint8
+from common.images import SAVE_RANGES, check_finite, staged, to_pil, to_uint8
 from common.progress import Progress, say
 from common.runtime import PRECISIONS, autocast, pick_device
 from common.sampling import ImageNoise, reverse_process
@@ -197,9 +197,7 @@ class FaceSampler:
                         phase.update(-done)
                         size = len(batch) // 2
                         continue
-                    if broken := [noise.name for noise, image in zip(batch, images) if not image.isfinite().all()]:
-                        mend = "choose bf16 or fp32" if self.precision == "fp16" else "name other weights"
-                        raise UserError(f"{broken[0]}: drawn in {self.precision} it is not finite; {mend}")
+                    check_finite(images, [noise.name for noise in batch], self.precision)
                     yield from zip(batch, to_uint8(images, options.save_range))
                     start += len(batch)
 

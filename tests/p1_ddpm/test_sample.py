@@ -205,6 +205,14 @@ def test_values_out_of_range(tmp_path, weights, complaint, flags, expected):
     assert not (tmp_path / "out").exists()
 
 
+def test_digits_that_are_not_finite_are_not_saved(tmp_path, weights, complaint):
+    state = {name: tensor * torch.nan for name, tensor in load_tensors(weights)[0].items()}
+    said = complaint(tmp_path / "out", changed(weights, tmp_path / "broken.safetensors", state))
+    assert "mnistm/0_001.png: drawn in" in said
+    assert said.rstrip().endswith("it is not finite; name other weights")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
 def test_more_steps_than_the_weights_schedule_has(tmp_path, weights, complaint):
     short = changed(weights, tmp_path / "short.safetensors", schedule=asdict(NoiseSchedule("cosine", T=20)))
     assert complaint(tmp_path / "out", short, "--steps", "21") == "--steps 21: choose from 1 to 20"
