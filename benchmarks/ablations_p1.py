@@ -243,7 +243,7 @@ def ablations() -> Iterable[tuple[str, Ablation]]:
     yield "p1-classes", Ablation(
         page, "joint classes against separate embeddings of domain and digit",
         DRAWN | {
-            "scale": (2.0, "guidance scale"), "training_steps": (600, "of each training"),
+            "scale": (2.0, "guidance scale"), "training_steps": (2400, "of each training"),
             "batch_size": (64, "images a step"), "widths": ([64, 128], "channels by level"), "lr": (1e-3, "peak rate"),
             "training_seed": (0, "of weights, order and noise"), **RUNS,
         },

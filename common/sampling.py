@@ -135,6 +135,7 @@ def reverse_process(
     eta: float = 0.0,
     noise: ImageNoise | None = None,
     clip_x0: bool = True,
+    use_clipped_model_output: bool = False,
     final_alpha: str = "one",
 ) -> Iterator[Step]:
     """Walk from noise to image, yielding every step; the last one's xt is the result.
@@ -150,6 +151,8 @@ def reverse_process(
         noise: where fresh noise comes from; needed when eta > 0.
         clip_x0: clamp the predicted x0 to [-1, 1]. "ddpm" then derives eps again from the clamped x0, as its
             posterior mean is defined by (x0, xt); "ddim" keeps the network's eps.
+        use_clipped_model_output: "ddim" derives eps again too. With strong guidance it must: an eps that belongs to
+            an x0 far out of range drives xt away from what the network knows, the more so the more steps there are.
         final_alpha: what alphas_cumprod becomes after the last timestep: "one", or "first" for alphas_cumprod[0].
 
     Raises:
@@ -169,7 +172,7 @@ def reverse_process(
         x0, eps = schedule.x0_and_eps(output, xt, t, prediction)
         if clip_x0:
             x0 = x0.clamp(-1, 1)
-            if method == "ddpm":
+            if method == "ddpm" or use_clipped_model_output:
                 eps = (xt - math.sqrt(now) * x0) / math.sqrt(1 - now)
         if method == "dpm-solver++":
             # The step to a clean image is first-order: half log-SNR is infinite there.

@@ -92,6 +92,7 @@ class DigitSampler:
             "method": options["sampler"],
             "eta": options["eta"],
             "noise": noise,
+            "use_clipped_model_output": True,
         }
 
     def images(self, digits: Sequence[Digit], seed: int, options: dict[str, Any]) -> Tensor:

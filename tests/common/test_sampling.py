@@ -35,8 +35,8 @@ class RecordedNoise:
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("final_alpha", ["one", "first"])
-@pytest.mark.parametrize("clip", [True, False])
-def test_ddim_equals_diffusers(eta, final_alpha, clip):
+@pytest.mark.parametrize(("clip", "derive"), [(True, False), (True, True), (False, False)])
+def test_ddim_equals_diffusers(eta, final_alpha, clip, derive):
     theirs = DDIMScheduler(
         beta_schedule="linear", timestep_spacing="leading", steps_offset=1,
         set_alpha_to_one=final_alpha == "one", clip_sample=clip,
@@ -49,10 +49,11 @@ def test_ddim_equals_diffusers(eta, final_alpha, clip):
     noises = RecordedNoise(20).noises
     xt = start()
     for t, noise in zip(theirs.timesteps, noises):
-        xt = theirs.step(network(xt, int(t)), t, xt, eta=eta, variance_noise=noise).prev_sample
+        step = theirs.step(network(xt, int(t)), t, xt, eta=eta, variance_noise=noise, use_clipped_model_output=derive)
+        xt = step.prev_sample
     ours = draw(
-        network, schedule, start(), timesteps, "eps",
-        eta=eta, noise=RecordedNoise(20), clip_x0=clip, final_alpha=final_alpha,
+        network, schedule, start(), timesteps, "eps", eta=eta, noise=RecordedNoise(20), clip_x0=clip,
+        use_clipped_model_output=derive, final_alpha=final_alpha,
     )  # fmt: skip
     assert (ours - xt).abs().max() < 1e-9
 
