@@ -14,12 +14,12 @@ ENVIRONMENT = {
 }
 
 
-def call(*command, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
-    """Run a command to its end, with stdout and stderr as text."""
+def call(*command, cwd: Path = ROOT, patience: float = 60, **environment) -> subprocess.CompletedProcess:
+    """Run a command to its end, within so many seconds, with stdout and stderr as text."""
     arguments = [str(word) for word in command]
     env = ENVIRONMENT | {name: str(value) for name, value in environment.items()}
     return subprocess.run(
-        arguments, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
+        arguments, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=patience
     )
 
 
