@@ -117,20 +117,12 @@ def malicious_plain_pickle(noise, weights, tmp):
     return {"weights": tmp / "UNet.pt"}
 
 
-def changed_weights(change):
+def changed(change):
+    """The same weights after a change of their tensors or of the facts about them."""
+
     def write(noise, weights, tmp):
         tensors, about = load_tensors(weights)
-        change(tensors)
-        save_tensors(tmp / "changed.safetensors", tensors, about)
-        return {"weights": tmp / "changed.safetensors"}
-
-    return write
-
-
-def changed_facts(change):
-    def write(noise, weights, tmp):
-        tensors, about = load_tensors(weights)
-        change(about)
+        change(tensors, about)
         save_tensors(tmp / "changed.safetensors", tensors, about)
         return {"weights": tmp / "changed.safetensors"}
 
@@ -180,16 +172,16 @@ MISTAKES = {
     "code in weights": (malicious_weights, ["UNet.pt", "code"]),
     "code in a plain pickle": (malicious_plain_pickle, ["UNet.pt", "code"]),
     "missing keys": (
-        changed_weights(lambda tensors: [tensors.pop(f"mid1.resblocks.norm{k}.weight") for k in (1, 2)]),
+        changed(lambda tensors, about: [tensors.pop(f"mid1.resblocks.norm{k}.weight") for k in (1, 2)]),
         ["changed.safetensors", "2 missing", "mid1.resblocks.norm1.weight"],
     ),
     "other shapes": (
-        changed_weights(lambda tensors: tensors.update({"out.2.bias": torch.zeros(7)})),
+        changed(lambda tensors, about: tensors.update({"out.2.bias": torch.zeros(7)})),
         ["changed.safetensors", "out.2.bias (7,) for (12,)"],
     ),
-    "no prediction": (changed_facts(lambda about: about.pop("prediction")), ["changed.safetensors", "prediction"]),
+    "no prediction": (changed(lambda tensors, about: about.pop("prediction")), ["changed.safetensors", "prediction"]),
     "unknown config": (
-        changed_facts(lambda about: about["config"].update(colour=3)),
+        changed(lambda tensors, about: about["config"].update(colour=3)),
         ["changed.safetensors", "another version", "colour"],
     ),
     "truncated weights": (truncated_weights, ["UNet.pt: truncated"]),
