@@ -32,5 +32,6 @@ class DrawnAhead:
     def __call__(self, step: int) -> Batch:
         future = self.waiting.pop(step, None)
         batch = future.result() if future else self.prepare(step)
-        self.waiting = {k: self.pool.submit(self.prepare, k) for k in (step + 1,) if k < self.steps}
+        following = step + 1
+        self.waiting = {following: self.pool.submit(self.prepare, following)} if following < self.steps else {}
         return batch

@@ -50,8 +50,8 @@ def read_noise_file(path: Path, channels: int, stride: int) -> list[Noise]:
     if not isinstance(content, Tensor):
         found = f"{len(content)} things" if isinstance(content, dict | list | tuple) else type(content).__name__
         raise UserError(f"{path}: holds {found}, not one tensor; save one with torch.save(noise, ...)")
-    if content.dtype not in DTYPES or content.layout != torch.strided:
-        kind = content.dtype if content.layout == torch.strided else content.layout
+    kind = content.dtype if content.layout == torch.strided else content.layout
+    if kind not in DTYPES:
         raise UserError(f"{path}: noise of {kind}; save it as a plain tensor of torch.float32")
     shape = tuple(content.shape)
     fits = len(shape) in (3, 4) and shape[-3] == channels and min(shape) > 0 and not any(s % stride for s in shape[-2:])

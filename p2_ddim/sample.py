@@ -182,24 +182,33 @@ class FaceSampler:
             for (_, height, width), group in groupby(noises, lambda noise: tuple(noise.xt.shape)):
                 alike, size, start = list(group), batch_size or self.batch_size(height, width), 0
                 while start < len(alike):
-                    batch, done = alike[start : start + size], 0
-                    try:
-                        for step in reverse_process(**self.steps(batch, options)):
-                            images = step.xt
-                            phase.update(len(batch))
-                            done += len(batch)
-                    except torch.OutOfMemoryError:
-                        if batch_size or len(batch) == 1:
-                            mend = "choose a smaller --batch-size" if len(batch) > 1 else "choose --precision bf16"
-                            raise UserError(
-                                f"{len(batch)} images of {width}x{height} do not fit the GPU's memory; {mend}"
-                            ) from None
-                        phase.update(-done)
-                        size = len(batch) // 2
+                    batch = alike[start : start + size]
+                    if (images := self.drawn(batch, options, phase)) is not None:
+                        yield from zip(batch, images)
+                        start += len(batch)
                         continue
-                    check_finite(images, [noise.name for noise in batch], self.precision)
-                    yield from zip(batch, to_uint8(images, options.save_range))
-                    start += len(batch)
+                    if batch_size or len(batch) == 1:
+                        mend = "choose a smaller --batch-size" if len(batch) > 1 else "choose --precision bf16"
+                        raise UserError(f"{len(batch)} images of {width}x{height} do not fit the GPU's memory; {mend}")
+                    size = len(batch) // 2
+                    torch.cuda.empty_cache()
+
+    def drawn(self, batch: Sequence[Noise], options: DDIMOptions, phase: Progress) -> Tensor | None:
+        """Images of noises of one size, uint8 (N, C, H, W) on the CPU; None if they do not fit the GPU's memory.
+
+        Raises:
+            UserError: an image is not finite.
+        """
+        began = phase.n
+        try:
+            for step in reverse_process(**self.steps(batch, options)):
+                images = step.xt
+                phase.update(len(batch))
+        except torch.OutOfMemoryError:
+            phase.update(began - phase.n)
+            return None
+        check_finite(images, [noise.name for noise in batch], self.precision)
+        return to_uint8(images, options.save_range)
 
     def pictures(self, noises: Sequence[Noise], options: DDIMOptions, batch_size: int | None = None) -> Tensor:
         """The images of `faces` alone, all of one size, as one uint8 tensor (N, C, H, W).

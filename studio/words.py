@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from common.checkpoint import load_tensors
+from common.checkpoint import opened
 from common.errors import UserError
 from common.images import grid, to_pil
 from common.stable_diffusion.base import Base
@@ -70,9 +70,11 @@ class Words:
         Raises:
             UserError: a file is missing or broken, or two of textual inversion's have the same word.
         """
-        together = load_all_words(self.files())
-        changed = load_tensors(self.custom())[0] if self.custom() else {}
-        return list(dict.fromkeys([*together, *filter(FORM.fullmatch, changed)]))
+        tokens = [*load_all_words(self.files())]
+        if custom := self.custom():
+            with opened(custom) as file:  # the names alone: the matrices beside them may be large
+                tokens += filter(FORM.fullmatch, file.keys())
+        return list(dict.fromkeys(tokens))
 
     def missing(self) -> str:
         """What to do about words that are not there; "" where there are some.
@@ -96,12 +98,13 @@ class Words:
         """
         if way == INVERSION:
             return self.read(self.args.base, *self.files())
-        if self.custom() is None:
+        custom = self.custom()
+        if custom is None:
             raise UserError(
                 "Custom Diffusion learned nothing for this base yet; run p3_personalization/custom_diffusion.py, and"
                 " name its file with --custom"
             )
-        return self.changed(self.args.base, self.custom())
+        return self.changed(self.args.base, custom)
 
     def guidance(self) -> float:
         """The guidance scale that generate.py draws with."""

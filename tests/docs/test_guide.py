@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GUIDE = [ROOT / "docs" / f"p{problem}.md" for problem in (1, 2, 3)]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "scale.md", *GUIDE]
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
-COMMAND = re.compile(r"(?:\.venv\S*/bin/)?python (?!-m p)|python -m (?=p\d)|torchrun |accelerate launch |bash hw2_")
+COMMAND = re.compile(r"(?:\.venv\S*/bin/)?python |torchrun |accelerate launch |bash hw2_")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -48,7 +48,7 @@ def commands(page: Path) -> Iterator[tuple[Path, str]]:
 def program_of(folder: Path, words: list[str]) -> tuple[str, list[str]] | None:
     """The module that a command runs, and its arguments; None where it runs nothing of this repository's."""
     if words[:2] == ["python", "-m"]:
-        return (words[2], words[3:]) if words[2].startswith("p") and "." in words[2] else None
+        return (words[2], words[3:]) if "." in words[2] else None
     at = next((k for k, word in enumerate(words) if word.endswith((".py", ".sh"))), None)
     if at is None:
         return None
