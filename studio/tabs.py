@@ -17,7 +17,7 @@ from studio import words as word_page
 from studio.circles import Circles
 from studio.digits import Digits
 from studio.faces import Faces
-from studio.markup import complaint, figure, line, notice
+from studio.markup import complaint, figure, notice
 from studio.widgets import AT_ONCE, buttons, drawing
 from studio.words import Words
 
@@ -89,13 +89,16 @@ def faces_tab(faces: Faces, page: gr.Blocks) -> None:
         except UserError as error:
             return gr.skip(), complaint(str(error))
         rows = f"| slerp | {found.slerp:.1f} |\n| lerp | {found.lerp:.1f} |\n| √D | {found.shell:.1f} |"
-        return f"| at this alpha | &#124;xT&#124; |\n|---|---|\n{rows}", line()
+        return f"| at this alpha | &#124;xT&#124; |\n|---|---|\n{rows}", ""
 
     def plot(*inputs: Any) -> Any:
         try:
             return figure("|xT| on both ways", faces.plot(*inputs), smooth=True)
         except UserError:  # `lengths` tells it
             return gr.skip()
+
+    def other_ends(*inputs: Any) -> tuple:
+        return *lengths(*inputs), plot(*inputs[:2])
 
     word = gr.HTML(elem_id="faces-notice")
     gr.Markdown(
@@ -110,15 +113,15 @@ def faces_tab(faces: Faces, page: gr.Blocks) -> None:
             alpha = gr.Slider(0, 1, 0.5, step=0.01, label="alpha", elem_id="faces-alpha")
             steps = gr.Slider(1, face_page.MOST_STEPS, 20, step=1, label="steps (DDIM, eta 0)")
             button, stop, status = buttons("faces")
-            table = gr.Markdown(elem_id="faces-lengths")
+            table, told = gr.Markdown(elem_id="faces-lengths"), gr.HTML(elem_id="faces-told")
         with gr.Column(scale=3):
             with gr.Row():
                 pictures = [gr.HTML(figure(name), elem_id=f"faces-{name}", min_width=120) for name in names]
             lengths_plot = gr.HTML(figure("|xT| on both ways"), elem_id="faces-plot")
-    ends = [first, second]
-    drawn = drawing([button.click, alpha.release], draw, [*ends, alpha, steps], [*pictures, status], stop)
-    gr.on([page.load, alpha.input, first.change, second.change], lengths, [*ends, alpha], [table, status], **AT_ONCE)
-    gr.on([page.load, first.change, second.change], plot, ends, lengths_plot, **AT_ONCE)
+    between, ends = [first, second, alpha], [first.change, second.change]
+    drawn = drawing([button.click, alpha.release], draw, [*between, steps], [*pictures, status], stop)
+    alpha.input(lengths, between, [table, told], **AT_ONCE)
+    gr.on([page.load, *ends], other_ends, between, [table, told, lengths_plot], **AT_ONCE)
     for trigger in (page.load, drawn.then):
         trigger(lambda: notice(faces.missing()), None, word, **AT_ONCE)
 
@@ -129,37 +132,33 @@ def circles_tab(circles: Circles, page: gr.Blocks) -> None:
     def places(two: bool, *numbers: Any) -> list[circle_page.Place]:
         return [numbers[:3], numbers[3:]][: 2 if two else 1]
 
-    def outlines(*inputs: Any) -> tuple:
-        try:
-            return figure("outlines: click to place", circle_page.hint(places(*inputs)), smooth=True), line()
-        except UserError as error:
-            return gr.skip(), complaint(str(error))
-
-    def written(*inputs: Any) -> str:
-        two, *numbers, first, second, background = inputs
+    def sentence(two: bool, *inputs: Any) -> str:
+        *numbers, first, second, background = inputs
         return circle_page.sentence(places(two, *numbers), [first, second][: 1 + two], background)
+
+    def move(prompt: str, own: str, *inputs: Any) -> tuple:
+        """Circles that change places change the order of their colours, unless the prompt is the user's own."""
+        try:
+            picture, found = circle_page.hint(places(*inputs[:-3])), sentence(*inputs)
+        except UserError as error:
+            return *[gr.skip()] * 3, complaint(str(error))
+        if prompt != own:
+            found = gr.skip()
+        return figure("outlines: click to place", picture, smooth=True), found, found, ""
 
     def write(*inputs: Any) -> tuple:
         try:
-            sentence = written(*inputs)
+            found = sentence(*inputs)
         except UserError as error:
             return gr.skip(), gr.skip(), complaint(str(error))
-        return sentence, sentence, line()
-
-    def follow(prompt: str, own: str, *inputs: Any) -> tuple:
-        """Circles that change places change the order of their colours, unless the prompt is the user's own."""
-        try:
-            sentence = written(*inputs)
-        except UserError:  # `outlines` tells it
-            return gr.skip(), gr.skip()
-        return (sentence, sentence) if prompt == own else (gr.skip(), gr.skip())
+        return found, found, ""
 
     def put(event: gr.EventData, two: bool, *numbers: Any) -> tuple:
         try:
             moved = circle_page.moved(places(two, *numbers), round(event.x), round(event.y))
         except UserError as error:
             return *[gr.skip()] * len(numbers), complaint(str(error))
-        return *[value for place in moved for value in place], *numbers[3 * len(moved) :], line()
+        return *[value for place in moved for value in place], *numbers[3 * len(moved) :], ""
 
     def draw(*inputs: Any) -> Iterator[tuple]:
         *where, prompt, strength, guidance, method, steps, seed = inputs
@@ -190,6 +189,7 @@ def circles_tab(circles: Circles, page: gr.Blocks) -> None:
             colours.append(gr.Dropdown(list(COLOURS), value=FIRST_COLOURS[-1], label="background"))
         with gr.Column(scale=1, min_width=300):
             hint = gr.HTML(figure("outlines"), elem_id="circles-hint", js_on_load=CLICK)
+            told = gr.HTML(elem_id="circles-told")
             own = gr.State(circle_page.sentence(FIRST_PLACES, FIRST_COLOURS[:2], FIRST_COLOURS[-1]))
             prompt = gr.Textbox(own.value, label="prompt", elem_id="circles-prompt", lines=2)
             strength = gr.Slider(0, circle_page.MOST_STRENGTH, 1, step=0.05, label="strength of the control")
@@ -201,13 +201,12 @@ def circles_tab(circles: Circles, page: gr.Blocks) -> None:
                 steps = gr.Slider(1, circle_page.MOST_STEPS, 10, step=1, label="steps")
                 method = gr.Radio(SAMPLERS, value="dpm-solver++", label="sampler")
                 seed = gr.Number(0, label="seed", precision=0)
-    where = [two, *numbers]
+    where, wording = [two, *numbers], [prompt, own, told]
+    described, moves = [*where, *colours], [part.change for part in where]
     drawing([button.click], draw, [*where, prompt, strength, guidance, method, steps, seed], [drawn, status], stop)
-    hint.click(put, where, [*numbers, status], **AT_ONCE)
-    gr.on([page.load, *(part.change for part in where)], outlines, where, [hint, status], **AT_ONCE)
-    described = [*where, *colours]
-    gr.on([two.input, *(colour.input for colour in colours)], write, described, [prompt, own, status], **AT_ONCE)
-    gr.on([part.change for part in numbers], follow, [prompt, own, *described], [prompt, own], **AT_ONCE)
+    hint.click(put, where, [*numbers, told], **AT_ONCE)
+    gr.on([page.load, *moves], move, [prompt, own, *described], [hint, *wording], **AT_ONCE)
+    gr.on([two.input, *(colour.input for colour in colours)], write, described, wording, **AT_ONCE)
     page.load(own_guidance, None, guidance, **AT_ONCE)
 
 

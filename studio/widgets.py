@@ -11,7 +11,9 @@ from common.errors import UserError
 from studio.markup import complaint, line
 from studio.parts import Status
 
-# Small answers while a slider moves: not queued behind a drawing, and only the last position counts.
+# Small answers while a slider moves: not queued behind a drawing, and only the last position counts. No event may have
+# two of them: when the turn of a deferred one comes, Gradio 6 runs all functions of its event again, and two that defer
+# each other never end.
 AT_ONCE = {"concurrency_limit": None, "trigger_mode": "always_last", "show_progress": "hidden"}
 
 

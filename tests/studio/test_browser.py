@@ -1,5 +1,6 @@
 """The studio in headless Chromium: every tab draws, follows its sliders, and tells mistakes in the page."""
 
+import json
 import os
 import shutil
 import signal
@@ -117,6 +118,17 @@ def sizes(page, place: str) -> list[int]:
 
 def source(page, place: str) -> str:
     return page.locator(f"{place} img").get_attribute("src")
+
+
+def test_no_event_has_two_functions_that_defer(address):
+    """Gradio would run them in turn without end."""
+    with urllib.request.urlopen(address + "config") as answer:
+        functions = json.load(answer)["dependencies"]
+    once = "load", "then"  # these start their one function by its number
+    deferring = [function for function in functions if function["trigger_mode"] == "always_last"]
+    events = [tuple(event) for function in deferring for event in function["targets"] if event[1] not in once]
+    assert events
+    assert len(events) == len(set(events))
 
 
 def test_digits_and_the_way_there(page):
