@@ -84,9 +84,9 @@ class Digits:
         yield moments, Status("Done. Move the slider to walk the way again.")
 
 
-def show(moments: Sequence[Moment], position: float) -> list[tuple[str, Image]]:
-    """One moment as two pictures with their captions: xt and the predicted x0."""
-    t, *states = moments[min(max(0, int(position)), len(moments) - 1)]
+def show(moments: Sequence[Moment], position: float | None) -> list[tuple[str, Image]]:
+    """The moment nearest to a position (None: the first) as two pictures with their captions: xt and predicted x0."""
+    t, *states = moments[min(max(0, int(position or 0)), len(moments) - 1)]
     captions = (f"xt at t = {t}", "the x0 predicted from it") if t is not None else ("the end: images", "the same")
     columns, scale = min(4, len(states[0])), max(1, SIDE // states[0].shape[-1])
     return [(caption, to_pil(grid(images, columns, scale))) for caption, images in zip(captions, states)]

@@ -24,6 +24,7 @@ CSS = """
 .studio-complaint, .studio-notice { border-radius: 6px; padding: 0.5rem 0.75rem; overflow-wrap: anywhere; }
 .studio-complaint { color: #991b1b; background: #fee2e2; }
 .studio-notice { color: #713f12; background: #fef9c3; }
+[id$="-notice"]:not(:has([role])), [id$="-told"]:not(:has([role])) { display: none; }
 #faces-plot figure { max-width: 40rem; }
 #circles-hint img { cursor: crosshair; }
 """

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from common.errors import UserError
@@ -66,16 +65,17 @@ def stamp(path: Path) -> list[tuple[Path, int]]:
 class Kept(Generic[Value]):
     """What a function makes of files: made when first asked for, and anew when a file has changed since.
 
+    For one thread at a time, which is all that the server has.
+
     Args:
         make: called with the paths.
     """
 
     def __init__(self, make: Callable[..., Value]):
-        self.make, self.key, self.lock = make, None, Lock()
+        self.make, self.key = make, None
 
     def __call__(self, *paths: Path) -> Value:
         key = [(path, stamp(path)) for path in paths]
-        with self.lock:
-            if key != self.key:
-                self.value, self.key = self.make(*paths), key
-            return self.value
+        if key != self.key:
+            self.value, self.key = self.make(*paths), key
+        return self.value

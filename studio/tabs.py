@@ -189,10 +189,10 @@ def circles_tab(circles: Circles, page: gr.Blocks) -> None:
             colours.append(gr.Dropdown(list(COLOURS), value=FIRST_COLOURS[-1], label="background"))
         with gr.Column(scale=1, min_width=300):
             hint = gr.HTML(figure("outlines"), elem_id="circles-hint", js_on_load=CLICK)
-            told = gr.HTML(elem_id="circles-told")
             own = gr.State(circle_page.sentence(FIRST_PLACES, FIRST_COLOURS[:2], FIRST_COLOURS[-1]))
             prompt = gr.Textbox(own.value, label="prompt", elem_id="circles-prompt", lines=2)
             strength = gr.Slider(0, circle_page.MOST_STRENGTH, 1, step=0.05, label="strength of the control")
+            told = gr.HTML(elem_id="circles-told")
         with gr.Column(scale=1, min_width=300):
             drawn = gr.HTML(figure("picture"), elem_id="circles-picture")
             button, stop, status = buttons("circles")

@@ -11,10 +11,13 @@ from common.errors import UserError
 from studio.markup import complaint, line
 from studio.parts import Status
 
+# The functions check what comes from the page; Gradio would answer an emptied slider with a traceback.
+UNCHECKED = {"preprocess": False, "show_progress": "hidden"}
+
 # Small answers while a slider moves: not queued behind a drawing, and only the last position counts. No event may have
 # two of them: when the turn of a deferred one comes, Gradio 6 runs all functions of its event again, and two that defer
 # each other never end.
-AT_ONCE = {"concurrency_limit": None, "trigger_mode": "always_last", "show_progress": "hidden"}
+AT_ONCE = {**UNCHECKED, "concurrency_limit": None, "trigger_mode": "always_last"}
 
 
 def theme() -> gr.themes.Base:
@@ -50,7 +53,7 @@ def drawing(triggers: list[Callable], draw: Callable, inputs: list, outputs: lis
     """Let events draw; drawings take turns, since each wants all cores. Returns the event."""
     event = gr.on(
         triggers, told(draw, len(outputs)), inputs, outputs,
-        concurrency_id="drawing", concurrency_limit=1, show_progress="hidden",
+        concurrency_id="drawing", concurrency_limit=1, **UNCHECKED,
     )  # fmt: skip
     stop.click(lambda: line(Status("Stopped.")), None, outputs[-1], cancels=[event], show_progress="hidden")
     return event

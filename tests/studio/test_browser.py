@@ -15,6 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
+from studio import app
+from studio.circles import Circles
+from studio.faces import Faces
+from studio.words import Words
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -24,6 +30,12 @@ INSTALL = (
     " .venv-studio/bin/python -m pytest -m slow tests/studio"
 )
 PATIENCE = 300_000  # milliseconds: another program may have the processor
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +49,7 @@ def address(
     tiny_digit_weights, face_file, pipeline_folder, controlnet_folder, words_file, custom_file
 ) -> Iterator[str]:
     """A studio with small weights, but for the faces, which has none yet."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     weights = {
         "--digit-weights": tiny_digit_weights, "--face-weights": face_file, "--base": pipeline_folder,
         "--controlnet": controlnet_folder, "--words": words_file, "--custom": custom_file,
@@ -131,6 +141,34 @@ def test_no_event_has_two_functions_that_defer(address):
     assert len(events) == len(set(events))
 
 
+def test_no_two_functions_run_at_once(monkeypatch):
+    """Else one would draw while another reads weights, for which diffusers changes the default dtype of all threads."""
+    from gradio_client import Client
+
+    running, most = 0, 0
+
+    def busy(*_) -> str:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.3)
+        running -= 1
+        raise UserError("enough")
+
+    monkeypatch.setattr(Faces, "lengths", busy)
+    monkeypatch.setattr(Circles, "sampler", busy)
+    monkeypatch.setattr(Words, "tokens", busy)
+    page = app.start(app.parse_arguments(["--port", str(free_port()), "--device", "cpu"]))
+    try:
+        client = Client(page.local_url, verbose=False, analytics_enabled=False)
+        jobs = [client.submit(0, 1, 0.5, api_name="/lengths"), client.submit(api_name="/known")]
+        jobs.append(client.submit(api_name="/own_guidance"))
+        assert "enough" in str([job.result(timeout=PATIENCE / 1000) for job in jobs])
+    finally:
+        page.close(verbose=False)
+    assert most == 1
+
+
 def test_digits_and_the_way_there(page):
     tab(page, "Digits")
     assert sizes(page, "#digits-xt") == []
@@ -202,6 +240,13 @@ def test_circles_go_where_one_clicks(page):
     page.wait_for_function("document.querySelector('#circle-1 input[type=number]').value == '80'")
     draw(page, "circles")
     assert sizes(page, "#circles-picture") == [384]
+    page.locator("#circle-1 input[type=number]").first.fill("")
+    alert = page.locator("#circles-told [role=alert]")
+    alert.wait_for()
+    assert alert.inner_text() == "circle 1: x is empty: choose from 0 to 100"
+    page.locator("#circle-1 input[type=number]").first.fill("30")
+    alert.wait_for(state="detached")
+    assert "Done." in page.locator("#circles-status").inner_text()
 
 
 def test_learned_words(page):

@@ -49,11 +49,12 @@ def test_the_way_goes_from_noise_to_image(digits, last):
     assert abs(float(((noise == 0) | (noise == 255)).float().mean()) - 0.317) < 0.02
     x0 = moments[2].x0.float()
     assert float((x0 - moments[3].xt).abs().mean()) < float((noise - moments[3].xt).abs().mean())
-    captions = [[caption for caption, _ in show(moments, position)] for position in (0, 2.0, 99, -1)]
+    captions = [[caption for caption, _ in show(moments, position)] for position in (0, 2.0, 99, -1, None)]
     assert captions == [
         ["xt at t = 999", "the x0 predicted from it"],
         ["xt at t = 332", "the x0 predicted from it"],
         ["the end: images", "the same"],
+        ["xt at t = 999", "the x0 predicted from it"],
         ["xt at t = 999", "the x0 predicted from it"],
     ]
 
