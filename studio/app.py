@@ -128,7 +128,6 @@ def start(args) -> Any:
             ssr_mode=False,
             pwa=False,
             enable_monitoring=False,
-            max_threads=1,  # diffusers changes torch's default dtype, for all threads, while it reads weights
             footer_links=[],
             theme=widgets.theme(),
             css=CSS,

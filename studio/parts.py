@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import RLock
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from common.errors import UserError
@@ -65,17 +66,18 @@ def stamp(path: Path) -> list[tuple[Path, int]]:
 class Kept(Generic[Value]):
     """What a function makes of files: made when first asked for, and anew when a file has changed since.
 
-    For one thread at a time, which is all that the server has.
-
     Args:
         make: called with the paths.
     """
+
+    reading = RLock()  # for all of them: transformers patches torch's functions while it makes a model
 
     def __init__(self, make: Callable[..., Value]):
         self.make, self.key = make, None
 
     def __call__(self, *paths: Path) -> Value:
         key = [(path, stamp(path)) for path in paths]
-        if key != self.key:
-            self.value, self.key = self.make(*paths), key
-        return self.value
+        with self.reading:
+            if key != self.key:
+                self.value, self.key = self.make(*paths), key
+            return self.value

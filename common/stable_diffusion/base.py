@@ -160,7 +160,8 @@ def load_part(folder: Path, name: str, device: torch.device | str = "cpu", dtype
         raise UserError(f"{part}: holds neither tokenizer.json nor vocab.json; restore it, or name another base")
     options = {"local_files_only": True}
     if name != "tokenizer":
-        options |= {"dtype": dtype, "output_loading_info": True}
+        # In another dtype, both libraries would make it torch's default for all threads while they read.
+        options |= {"dtype": torch.float32, "output_loading_info": True}
     try:
         with quiet():
             loaded = PARTS[name].from_pretrained(part, **options)
@@ -172,8 +173,9 @@ def load_part(folder: Path, name: str, device: torch.device | str = "cpu", dtype
     model, information = loaded
     if missing := sorted(information["missing_keys"]):
         raise UserError(f"{part}: lacks {len(missing)} weights ({', '.join(missing[:3])}); restore it")
-    # channels_last is what tensor cores and oneDNN want for convolutions.
-    return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    with quiet():  # diffusers would rather convert while it reads
+        # channels_last is what tensor cores and oneDNN want for convolutions.
+        return model.requires_grad_(False).eval().to(device, dtype, memory_format=torch.channels_last)
 
 
 def load_base(

@@ -15,12 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
-from studio import app
-from studio.circles import Circles
-from studio.faces import Faces
-from studio.words import Words
-
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -30,12 +24,6 @@ INSTALL = (
     " .venv-studio/bin/python -m pytest -m slow tests/studio"
 )
 PATIENCE = 300_000  # milliseconds: another program may have the processor
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +37,9 @@ def address(
     tiny_digit_weights, face_file, pipeline_folder, controlnet_folder, words_file, custom_file
 ) -> Iterator[str]:
     """A studio with small weights, but for the faces, which has none yet."""
-    port = free_port()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     weights = {
         "--digit-weights": tiny_digit_weights, "--face-weights": face_file, "--base": pipeline_folder,
         "--controlnet": controlnet_folder, "--words": words_file, "--custom": custom_file,
@@ -139,34 +129,6 @@ def test_no_event_has_two_functions_that_defer(address):
     events = [tuple(event) for function in deferring for event in function["targets"] if event[1] not in once]
     assert events
     assert len(events) == len(set(events))
-
-
-def test_no_two_functions_run_at_once(monkeypatch):
-    """Else one would draw while another reads weights, for which diffusers changes the default dtype of all threads."""
-    from gradio_client import Client
-
-    running, most = 0, 0
-
-    def busy(*_) -> str:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        time.sleep(0.3)
-        running -= 1
-        raise UserError("enough")
-
-    monkeypatch.setattr(Faces, "lengths", busy)
-    monkeypatch.setattr(Circles, "sampler", busy)
-    monkeypatch.setattr(Words, "tokens", busy)
-    page = app.start(app.parse_arguments(["--port", str(free_port()), "--device", "cpu"]))
-    try:
-        client = Client(page.local_url, verbose=False, analytics_enabled=False)
-        jobs = [client.submit(0, 1, 0.5, api_name="/lengths"), client.submit(api_name="/known")]
-        jobs.append(client.submit(api_name="/own_guidance"))
-        assert "enough" in str([job.result(timeout=PATIENCE / 1000) for job in jobs])
-    finally:
-        page.close(verbose=False)
-    assert most == 1
 
 
 def test_digits_and_the_way_there(page):

@@ -2,6 +2,8 @@
 
 import math
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -46,6 +48,19 @@ class TestKept:
         (tmp_path / "deep" / "er" / "file").touch()
         assert kept(tmp_path / "deep") == ["er", "file"]
         assert kept(tmp_path / "deep", tmp_path / "not there") == ["er", "file", "not there"]
+
+    def test_no_two_read_at_once(self, tmp_path):
+        reading, most = [], []
+
+        def read(path):
+            reading.append(path)
+            most.append(len(reading))
+            time.sleep(0.05)
+            reading.remove(path)
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda kept: kept(tmp_path), [Kept(read) for _ in range(3)]))
+        assert most == [1, 1, 1]
 
     def test_what_failed_is_tried_again(self, tmp_path):
         file = tmp_path / "weights"

@@ -55,6 +55,23 @@ def test_contexts_do_not_depend_on_how_many_are_encoded_at_once(base, monkeypatc
     assert (base.encode_prompts(PROMPTS) - whole).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_another_dtype_is_diffusers_own_and_never_other_threads_default(pipeline_folder, monkeypatch, capfd, dtype):
+    theirs = StableDiffusionPipeline.from_pretrained(pipeline_folder, local_files_only=True, dtype=dtype)
+    capfd.readouterr()
+    defaults = []
+    monkeypatch.setattr(torch, "set_default_dtype", defaults.append)
+    ours = load_base(pipeline_folder, dtype=dtype)
+    assert set(defaults) <= {torch.float32}
+    assert capfd.readouterr().err == ""
+    for name in ("unet", "vae", "text_encoder"):
+        mine, expected = getattr(ours, name).state_dict(), getattr(theirs, name).state_dict()
+        assert mine.keys() == expected.keys()
+        for key, tensor in mine.items():
+            assert tensor.dtype == expected[key].dtype, key
+            assert torch.equal(tensor, expected[key]), key
+
+
 def test_latents_and_images_are_the_vaes(base, pipeline, monkeypatch):
     images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
