@@ -40,8 +40,8 @@ def by_diffusers(
     """diffusers' pipeline of the same weights, with our steps from noise to picture."""
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(
         base,
-        controlnet=ControlNetModel.from_pretrained(controlnet, torch_dtype=dtype),
-        torch_dtype=dtype,
+        controlnet=ControlNetModel.from_pretrained(controlnet, dtype=dtype),
+        dtype=dtype,
         safety_checker=None,
         requires_safety_checker=False,
     ).to(device)
