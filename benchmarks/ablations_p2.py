@@ -18,7 +18,8 @@ from p2_ddim.evaluate import squared_errors
 from p2_ddim.interpolate import METHODS
 from p2_ddim.model import load_face_unet
 from p2_ddim.noise import Noise
-from p2_ddim.sample import EXAMPLES, WEIGHTS, DDIMOptions, FaceSampler, noises_for
+from p2_ddim.sample import EXAMPLES, WEIGHTS, noises_for
+from p2_ddim.sampler import DDIMOptions, FaceSampler
 
 DEVIATION = "{:.1f}"
 # Contrast is not stretched here: a washed-out face is to be seen as one.

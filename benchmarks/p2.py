@@ -30,7 +30,8 @@ from common.schedule import NoiseSchedule
 from p2_ddim.make_examples import diffusers_scheduler
 from p2_ddim.model import COURSE, FaceUNet, FaceUNetConfig, load_face_unet
 from p2_ddim.noise import Noise, random_noises
-from p2_ddim.sample import WEIGHTS, DDIMOptions, FaceSampler, count_or_auto
+from p2_ddim.sample import WEIGHTS, count_or_auto
+from p2_ddim.sampler import DDIMOptions, FaceSampler
 
 
 class StandIn(nn.Module):

@@ -20,16 +20,8 @@ from common.images import captioned, grid, save_gif, save_png, staged
 from common.progress import progress, say
 from p2_ddim.interpolate import draw_interpolations, enlargement, walk
 from p2_ddim.noise import Noise, named, random_noises
-from p2_ddim.sample import (
-    HERE,
-    DDIMOptions,
-    FaceSampler,
-    add_sampling_arguments,
-    add_source_arguments,
-    ddim_options,
-    noises_for,
-    sampler_from,
-)
+from p2_ddim.sample import HERE, add_sampling_arguments, add_source_arguments, ddim_options, noises_for, sampler_from
+from p2_ddim.sampler import DDIMOptions, FaceSampler
 
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHOWN = ("00", "01", "02", "03")

@@ -24,16 +24,8 @@ from common.progress import say
 from common.results import add_json_argument, check_json, write_json
 from common.runtime import seeded_generator
 from p2_ddim.noise import Noise, named
-from p2_ddim.sample import (
-    HERE,
-    DDIMOptions,
-    FaceSampler,
-    add_sampling_arguments,
-    add_source_arguments,
-    ddim_options,
-    noises_for,
-    sampler_from,
-)
+from p2_ddim.sample import HERE, add_sampling_arguments, add_source_arguments, ddim_options, noises_for, sampler_from
+from p2_ddim.sampler import DDIMOptions, FaceSampler
 
 STRIP = tuple(k / 10 for k in range(11))
 

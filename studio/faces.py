@@ -15,7 +15,7 @@ from common.sampling import reverse_process
 from p2_ddim.interpolate import METHODS, between, enlargement, plot_lengths
 from p2_ddim.model import load_face_unet
 from p2_ddim.noise import Noise, random_noises
-from p2_ddim.sample import DDIMOptions, FaceSampler
+from p2_ddim.sampler import DDIMOptions, FaceSampler
 from studio.parts import Kept, Status, number, whole
 
 MOST_STEPS, LAST_NOISE = 200, 99

@@ -10,7 +10,7 @@ from common.checkpoint import save_tensors
 from common.errors import run
 from p2_ddim.model import COURSE, FaceUNet, FaceUNetConfig
 from p2_ddim.noise import random_noises
-from p2_ddim.sample import DDIMOptions, FaceSampler
+from p2_ddim.sampler import DDIMOptions, FaceSampler
 
 SMALL = FaceUNetConfig(widths=(8, 16), blocks=1, attention=(False, True), embedding=16)
 

@@ -15,7 +15,7 @@ from torch import nn
 from common.checkpoint import load_tensors, save_tensors
 from common.errors import UserError, run
 from p2_ddim import sample
-from p2_ddim.sample import FaceSampler
+from p2_ddim.sampler import FaceSampler
 
 
 def on_gpu(storage):

@@ -18,7 +18,7 @@ from common.schedule import NoiseSchedule
 from p2_ddim import evaluate, sample
 from p2_ddim.model import COURSE, FaceUNet, FaceUNetConfig
 from p2_ddim.noise import Noise
-from p2_ddim.sample import DDIMOptions, FaceSampler, images_that_fit
+from p2_ddim.sampler import DDIMOptions, FaceSampler, images_that_fit
 from tests.shell import ROOT, call
 
 
