@@ -91,14 +91,12 @@ def faces_tab(faces: Faces, page: gr.Blocks) -> None:
         rows = f"| slerp | {found.slerp:.1f} |\n| lerp | {found.lerp:.1f} |\n| √D | {found.shell:.1f} |"
         return f"| at this alpha | &#124;xT&#124; |\n|---|---|\n{rows}", ""
 
-    def plot(*inputs: Any) -> Any:
+    def other_ends(first: Any, second: Any, alpha: Any) -> tuple:
         try:
-            return figure("|xT| on both ways", faces.plot(*inputs), smooth=True)
+            picture = figure("|xT| on both ways", faces.plot(first, second), smooth=True)
         except UserError:  # `lengths` tells it
-            return gr.skip()
-
-    def other_ends(*inputs: Any) -> tuple:
-        return *lengths(*inputs), plot(*inputs[:2])
+            picture = gr.skip()
+        return *lengths(first, second, alpha), picture
 
     word = gr.HTML(elem_id="faces-notice")
     gr.Markdown(
