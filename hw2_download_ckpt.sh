@@ -11,8 +11,8 @@ root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 hash=(sha256sum)
 command -v sha256sum >/dev/null || hash=(shasum -a 256)
 checked=0
-for sums in "$root"/*/weights/SHA256SUMS; do
-    [[ -e $sums ]] || fail "$root: no */weights/SHA256SUMS here; clone the repository again"
+shopt -s nullglob
+for sums in "$root"/*/weights/SHA256SUMS "$root"/*/*/weights/SHA256SUMS; do
     while read -r expected name; do
         file=$(dirname "$sums")/$name
         [[ -f $file ]] || fail "$file is missing; restore it with: git -C '$root' checkout -- '$file'"
@@ -21,5 +21,5 @@ for sums in "$root"/*/weights/SHA256SUMS; do
         checked=$((checked + 1))
     done <"$sums"
 done
-((checked)) || fail "$root: its */weights/SHA256SUMS list no files; clone the repository again"
+((checked)) || fail "$root: holds no weights/SHA256SUMS that list files; clone the repository again"
 echo "hw2_download_ckpt.sh: all weights are whole (files checked: $checked)"

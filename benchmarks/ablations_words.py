@@ -10,16 +10,16 @@ from torch import Tensor
 from benchmarks.ablation_tables import ERROR, Ablation, Rows, Settings, fingerprint, told
 from benchmarks.ablation_training import RUNS, run_folder
 from common.checkpoint import write_atomically
-from common.circles import random_scenes
 from common.errors import UserError
 from common.progress import say
 from common.runtime import pick_device
-from common.stable_diffusion.base import Base, load_base
-from common.stable_diffusion.drawing import draw_prompts
+from latent_diffusion.base import Base, load_base
+from latent_diffusion.drawing import draw_prompts
+from latent_diffusion.miniature.discs import NEAR, concept_colour, disc_difference
+from latent_diffusion.miniature.scenes import random_scenes
 from p3_controlnet.sample import BASE
 from p3_personalization import custom_diffusion, textual_inversion
 from p3_personalization.custom_diffusion import load_custom
-from p3_personalization.discs import NEAR, concept_colour, disc_difference
 from p3_personalization.evaluate import read_references
 from p3_personalization.generate import EXAMPLES
 from p3_personalization.words import add_words, load_words

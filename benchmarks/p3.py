@@ -22,12 +22,12 @@ from torch import Tensor
 
 from common.errors import Parser, UserError, run
 from common.images import to_uint8
-from common.pairs import Pair, read_hints, read_pairs
 from common.progress import Progress, silenced
 from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, autocast, pick_device, pick_precision
-from common.stable_diffusion.base import Base, load_base
-from common.stable_diffusion.flags import DTYPES
+from latent_diffusion.base import Base, load_base
+from latent_diffusion.flags import DTYPES
+from latent_diffusion.pairs import Pair, read_hints, read_pairs
 from p3_controlnet.model import ControlNet
 from p3_controlnet.sample import BASE, CONTROLNET, EXAMPLES
 from p3_controlnet.sampler import HintSampler, SamplingOptions

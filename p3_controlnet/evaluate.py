@@ -21,16 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from common.circles import read_prompt
-from common.clip import Clip
-from common.colour import COLOURS, ciede2000, colour_named, rgb_to_lab
 from common.data import read_image
 from common.errors import Parser, run
-from common.pairs import Pair, read_pair_image, read_pairs, usable
 from common.progress import progress
-from common.regions import median_colour
 from common.results import add_json_argument, check_json, write_json
-from p3_controlnet.regions import (
+from latent_diffusion.clip import Clip
+from latent_diffusion.miniature.colours import COLOURS, ciede2000, colour_named, rgb_to_lab
+from latent_diffusion.miniature.depth import median_colour
+from latent_diffusion.miniature.regions import (
     centre_iou,
     circle_regions,
     deepest,
@@ -38,9 +36,11 @@ from p3_controlnet.regions import (
     intersection_over_union,
     region_at,
 )
+from latent_diffusion.miniature.scenes import read_prompt
+from latent_diffusion.pairs import Pair, read_pair_image, read_pairs, usable
 from p3_controlnet.sample import EXAMPLES, OUTPUT
 
-CLIP = Path(__file__).resolve().parent / "weights" / "clip"
+CLIP = Path(__file__).resolve().parent.parent / "latent_diffusion" / "miniature" / "weights" / "clip"
 RIGHT = 10.0  # CIEDE2000: up to here a colour counts as the named one
 BEST = 10  # pictures that the course's score is the mean of
 

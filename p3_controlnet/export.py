@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.checkpoint import half, save_tensors
 from common.errors import Parser, UserError, run
 from common.progress import say
-from common.stable_diffusion.conversion import original_unet_names
-from common.stable_diffusion.weights_file import CONTROL
+from latent_diffusion.conversion import original_unet_names
+from latent_diffusion.weights_file import CONTROL
 from p3_controlnet.config import ControlNetConfig
 from p3_controlnet.model import ControlNet
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from common.errors import Parser, UserError, run
 from common.images import captioned, grid, save_png, staged
-from common.pairs import Pair, read_hints, read_pairs
 from common.progress import progress, say
+from latent_diffusion.pairs import Pair, read_hints, read_pairs
 from p3_controlnet.make_examples import TWO
 from p3_controlnet.model import ControlNet, check_fit
 from p3_controlnet.sample import BASE, EXAMPLES, HERE, add_sampling_arguments, sampler_from

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image
 
-from common.circles import draw_hint, draw_target, random_scenes
 from common.errors import Parser, UserError, run
 from common.images import staged
 from common.progress import Progress, say
+from latent_diffusion.miniature.scenes import draw_hint, draw_target, random_scenes
 
 SMALLEST = 32  # pixels
 CIRCLES = {"1": (1,), "2": (2,), "both": (1, 2)}

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from common.checkpoint import half, load_model_file, load_strictly, load_tensors, save_tensors, write_atomically
 from common.errors import UserError
 from common.layers import zeroed
-from common.stable_diffusion.base import Base
-from common.stable_diffusion.conversion import original_unet_names
-from common.stable_diffusion.single_file import controlnet_part, controlnet_sizes, fill
-from common.stable_diffusion.weights_file import open_weights
+from latent_diffusion.base import Base
+from latent_diffusion.conversion import original_unet_names
+from latent_diffusion.single_file import controlnet_part, controlnet_sizes, fill
+from latent_diffusion.weights_file import open_weights
 from p3_controlnet.config import ControlNetConfig, read_config
 from p3_controlnet.unet import encode
 

@@ -13,14 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import Parser, UserError, run
 from common.images import staged, to_pil
-from common.pairs import read_hints, read_pairs, readable_pairs
 from common.progress import say
-from common.stable_diffusion.flags import GUIDANCE_SCALE, add_drawing_flags, base_from
+from latent_diffusion.flags import GUIDANCE_SCALE, add_drawing_flags, base_from
+from latent_diffusion.pairs import read_hints, read_pairs, readable_pairs
 from p3_controlnet.model import ControlNet, check_fit
 from p3_controlnet.sampler import HintSampler, SamplingOptions
 
 HERE = Path(__file__).resolve().parent
-BASE, CONTROLNET = HERE / "weights" / "base", HERE / "weights" / "controlnet"
+BASE = HERE.parent / "latent_diffusion" / "miniature" / "weights" / "base"
+CONTROLNET = HERE / "weights" / "controlnet"
 # A student's own, for the real Stable Diffusion: here, or beside SD_CKPT.
 OWN_CONTROLNET = HERE.parent / "checkpoints" / "controlnet_sd.safetensors"
 EXAMPLES = HERE / "examples"

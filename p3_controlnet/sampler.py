@@ -13,11 +13,11 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.images import to_uint8
-from common.pairs import Pair
 from common.progress import Progress
 from common.sampling import ImageNoise, guided, reverse_process
-from common.stable_diffusion.base import Base, quiet
-from common.stable_diffusion.flags import GUIDANCE_SCALE
+from latent_diffusion.base import Base, quiet
+from latent_diffusion.flags import GUIDANCE_SCALE
+from latent_diffusion.pairs import Pair
 from p3_controlnet.model import ControlNet
 from p3_controlnet.patches import in_patches
 from p3_controlnet.unet import ControlledUNet, guess_scales

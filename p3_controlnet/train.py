@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from common.data import shuffled_indices, stratified_timesteps
 from common.errors import Parser, UserError, run
 from common.losses import diffusion_loss
-from common.pairs import Pair, locate, read_hints
 from common.runtime import pick_device, pick_precision, seeded_generator
 from common.schedule import NoiseSchedule
-from common.stable_diffusion.base import Base, load_base, quiet
-from common.stable_diffusion.single_file import cache_folder
 from common.training import Batch, Trainer
 from common.training_options import TrainingOptions, add_training_arguments, training_options
-from p3_controlnet.cache import Cache, encode_pairs
+from latent_diffusion.base import Base, load_base, quiet
+from latent_diffusion.cache import Cache, encode_pairs
+from latent_diffusion.miniature.pictures import HELD_OUT_EVERY, read_table
+from latent_diffusion.pairs import Pair, locate, read_hints
+from latent_diffusion.single_file import cache_folder
 from p3_controlnet.config import ControlNetConfig
 from p3_controlnet.dry_run import one_step
 from p3_controlnet.model import ControlNet, check_fit
-from p3_controlnet.pictures import HELD_OUT_EVERY, read_table
 from p3_controlnet.sample import BASE
 from p3_controlnet.unet import ControlledUNet, checkpoint_gradients
 from p3_controlnet.watch import Watch

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from common.images import grid, to_uint8
 from common.sampling import ImageNoise, draw, guided
-from common.stable_diffusion.base import Base
 from common.training import Batch
-from p3_controlnet.regions import circle_regions, deepest, hint_regions, intersection_over_union, region_at
+from latent_diffusion.base import Base
+from latent_diffusion.miniature.regions import circle_regions, deepest, hint_regions, intersection_over_union, region_at
 from p3_controlnet.unet import ControlledUNet
 
 STEPS = 10

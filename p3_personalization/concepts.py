@@ -17,16 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from common.circles import VISIBLE, Circle, Scene, draw_target, random_places, visible_against
-from common.clip import Clip
-from common.colour import COLOURS, ciede2000, rgb_to_lab
 from common.errors import Parser, UserError, run
 from common.images import save_png, staged
 from common.progress import say
 from common.runtime import seeded_generator
+from latent_diffusion.clip import Clip
+from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
+from latent_diffusion.miniature.scenes import VISIBLE, Circle, Scene, draw_target, random_places, visible_against
 
 ROOT = Path(__file__).resolve().parent.parent
-CLIP = ROOT / "p3_controlnet" / "weights" / "clip"
+CLIP = ROOT / "latent_diffusion" / "miniature" / "weights" / "clip"
 SIZE = 128  # pixels
 # Wine and mustard: of vivid colours (L* from 25, chroma from 40) the farthest from all names, CIEDE2000 17.2 and 16.7.
 CONCEPTS = {"<new1>": (120, 8, 56), "<new2>": (104, 80, 0)}

@@ -20,15 +20,15 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from common.checkpoint import load_about, load_tensors, save_tensors
-from common.circles import random_scenes
 from common.errors import Parser, UserError, run
 from common.images import grid
 from common.progress import say
 from common.runtime import pick_device, seeded_generator
-from common.stable_diffusion.base import Base, load_base
-from common.stable_diffusion.drawing import draw_prompts
 from common.training import Trainer
 from common.training_options import add_training_arguments, training_options
+from latent_diffusion.base import Base, load_base
+from latent_diffusion.drawing import draw_prompts
+from latent_diffusion.miniature.scenes import random_scenes
 from p3_personalization.learning import ExampleBatches, Learned, learning_loss, watched
 from p3_personalization.textual_inversion import (
     BASE,

@@ -25,17 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from torch import Tensor
 
-from common.clip import Clip
 from common.data import IMAGE_SUFFIXES, read_image
 from common.errors import Parser, UserError, run
 from common.progress import progress
 from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, pick_device, pick_precision
-from p3_personalization.discs import NEAR, concept_colour, disc_difference, shown_colours
+from latent_diffusion.clip import Clip
+from latent_diffusion.miniature.discs import NEAR, concept_colour, disc_difference, shown_colours
 from p3_personalization.generate import EXAMPLES, OUTPUT, ROOT
 from p3_personalization.table import COUNT, Concept, read_table
 
-CLIP = ROOT / "p3_controlnet" / "weights" / "clip"
+CLIP = ROOT / "latent_diffusion" / "miniature" / "weights" / "clip"
 BEST = 5  # pictures that the course's score is the mean of
 TEXT_WEIGHT = 2.5  # of the text's cosine beside the image's, where the best are chosen
 

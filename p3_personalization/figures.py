@@ -25,8 +25,8 @@ from torch import Tensor
 from common.errors import Parser, UserError, run
 from common.images import captioned, grid, save_png, staged
 from common.progress import progress, say
-from common.stable_diffusion.base import Base
-from p3_personalization.discs import concept_colour, shown_colours
+from latent_diffusion.base import Base
+from latent_diffusion.miniature.discs import concept_colour, shown_colours
 from p3_personalization.evaluate import read_references
 from p3_personalization.generate import (
     BASE,

@@ -23,15 +23,15 @@ from torch import Tensor
 from common.errors import Parser, UserError, run
 from common.images import clear_way, staged, to_pil
 from common.progress import Progress, say
-from common.stable_diffusion.base import Base
-from common.stable_diffusion.drawing import draw_prompts
-from common.stable_diffusion.flags import GUIDANCE_SCALE, add_drawing_flags, base_from
+from latent_diffusion.base import Base
+from latent_diffusion.drawing import draw_prompts
+from latent_diffusion.flags import GUIDANCE_SCALE, add_drawing_flags, base_from
 from p3_personalization.table import COUNT, read_table
 from p3_personalization.words import add_words, check_prompts, load_all_words
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-BASE = ROOT / "p3_controlnet" / "weights" / "base"
+BASE = ROOT / "latent_diffusion" / "miniature" / "weights" / "base"
 WORDS = HERE / "weights" / "words.safetensors"
 CUSTOM = HERE / "weights" / "custom.safetensors"
 INVERSION, CUSTOM_DIFFUSION = "textual inversion", "Custom Diffusion"

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.circles import draw_target, random_scenes
-from common.colour import COLOURS, ciede2000, rgb_to_lab
 from common.data import IMAGE_SUFFIXES, read_image
 from common.errors import UserError
+from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
+from latent_diffusion.miniature.scenes import draw_target, random_scenes
 
 SIZE = 128  # pixels of the circles
 

@@ -11,8 +11,8 @@ from torch.func import functional_call
 from common.data import shuffled_indices, stratified_timesteps
 from common.errors import UserError
 from common.losses import diffusion_loss
-from common.stable_diffusion.base import Base
 from common.training import Batch
+from latent_diffusion.base import Base
 from p3_personalization.views import Examples
 from p3_personalization.words import Words, with_table, with_tokens
 

@@ -24,11 +24,11 @@ from common.errors import Parser, UserError, run
 from common.images import grid
 from common.progress import say
 from common.runtime import pick_device, seeded_generator
-from common.stable_diffusion.base import Base, load_base
-from common.stable_diffusion.drawing import draw_prompts
-from common.stable_diffusion.single_file import cache_folder
 from common.training import Trainer
 from common.training_options import add_training_arguments, training_options
+from latent_diffusion.base import Base, load_base
+from latent_diffusion.drawing import draw_prompts
+from latent_diffusion.single_file import cache_folder
 from p3_personalization.learning import (
     ExampleBatches,
     Learned,
@@ -41,7 +41,7 @@ from p3_personalization.views import TEMPLATES, Examples, Told, encode, read_con
 from p3_personalization.words import add_words, save_words
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = ROOT / "p3_controlnet" / "weights" / "base"
+BASE = ROOT / "latent_diffusion" / "miniature" / "weights" / "base"
 # The miniature's concepts, and a colour of one token that is near each of theirs.
 STARTS = {ROOT / "runs" / "concepts" / "0": "purple", ROOT / "runs" / "concepts" / "1": "olive"}
 SHOWN, STEPS = 4, 10  # pictures of each word while it is learned, and steps to draw them in

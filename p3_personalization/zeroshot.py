@@ -19,16 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.clip import Clip
-from common.colour import COLOURS
 from common.errors import Parser, UserError, run
 from common.images import check_output_folder, staged
 from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, pick_device, pick_precision
+from latent_diffusion.clip import Clip
+from latent_diffusion.miniature.colours import COLOURS
 from p3_personalization.labelled import Examples, circle_examples, distinct_colours, read_examples
 
 ROOT = Path(__file__).resolve().parent.parent
-CLIP = ROOT / "p3_controlnet" / "weights" / "clip"
+CLIP = ROOT / "latent_diffusion" / "miniature" / "weights" / "clip"
 TEMPLATE = "A photo of a {}."  # what most of CLIP's zero-shot results were made with
 COMBINATIONS = ("mean", "best")
 PICTURES_AT_ONCE = 256

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from common.circles import Circle, Scene, draw_hint, read_prompt
-from common.colour import COLOURS
 from common.images import grid, to_pil, to_uint8
-from common.pairs import Pair
 from common.sampling import reverse_process
-from common.stable_diffusion.flags import SAMPLERS
+from latent_diffusion.flags import SAMPLERS
+from latent_diffusion.miniature.colours import COLOURS
+from latent_diffusion.miniature.scenes import Circle, Scene, draw_hint, read_prompt
+from latent_diffusion.pairs import Pair
 from p3_controlnet.sample import BASE, default_controlnet, sampler_from
 from p3_controlnet.sampler import HintSampler
 from studio.parts import Kept, Status, choice, number, whole

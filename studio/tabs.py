@@ -5,10 +5,10 @@ from typing import Any
 
 import gradio as gr
 
-from common.colour import COLOURS
 from common.errors import UserError
 from common.sampling import METHODS
-from common.stable_diffusion.flags import SAMPLERS
+from latent_diffusion.flags import SAMPLERS
+from latent_diffusion.miniature.colours import COLOURS
 from p1_ddpm.digits import DOMAINS
 from studio import circles as circle_page
 from studio import digits as digit_page

@@ -11,8 +11,8 @@ from PIL import Image
 from common.checkpoint import opened
 from common.errors import UserError
 from common.images import grid, to_pil
-from common.stable_diffusion.base import Base
-from common.stable_diffusion.flags import SAMPLERS
+from latent_diffusion.base import Base
+from latent_diffusion.flags import SAMPLERS
 from p3_personalization.generate import (
     CUSTOM,
     CUSTOM_DIFFUSION,

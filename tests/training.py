@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from common.checkpoint import load_tensors
-from common.stable_diffusion.base import load_base
 from common.training import Trainer
+from latent_diffusion.base import load_base
 
 
 def newest(folder):

@@ -142,11 +142,21 @@ def parse_arguments(argv: list[str] | None = None):
     p2.add_argument("--p2-noise", type=Path, default=faces / "examples" / "noise", help="folder with 00.pt, 01.pt, ...")
     p2.add_argument("--p2-truth", type=Path, default=faces / "examples" / "GT", help="folder with 00.png, 01.png, ...")
     p3, shipped = parser.add_argument_group("problem 3, Fall 2025"), ROOT / "p3_controlnet"
-    p3.add_argument("--p3-base", type=Path, default=shipped / "weights" / "base", help="or sd-v1-4.ckpt")
+    p3.add_argument(
+        "--p3-base",
+        type=Path,
+        default=MINIATURE / "base",
+        help="or sd-v1-4.ckpt",
+    )
     p3.add_argument("--p3-controlnet", type=Path, help="folder or file (default: as sample.py chooses)")
     p3.add_argument("--p3-examples", type=Path, default=shipped / "examples", help="prompt.json, source/ and target/")
     new, own = parser.add_argument_group("problem 3, Fall 2024"), ROOT / "p3_personalization"
-    new.add_argument("--p3-clip", type=Path, default=shipped / "weights" / "clip", help="CLIP in transformers' format")
+    new.add_argument(
+        "--p3-clip",
+        type=Path,
+        default=MINIATURE / "clip",
+        help="CLIP in transformers' format",
+    )
     new.add_argument("--p3-zeroshot", type=Path, help="folder with id2label.json and val/ (default: drawn circles)")
     new.add_argument("--p3-table", type=Path, default=own / "examples" / "input.json", help="the course's input.json")
     new.add_argument("--p3-references", type=Path, default=own / "examples", help="a folder of photos a concept")

@@ -8,8 +8,8 @@ from benchmarks.ablations_p3 import NoHint, PooledHint, without_zeros
 from common.errors import UserError
 from common.losses import diffusion_loss
 from common.runtime import seeded_generator
-from common.stable_diffusion.drawing import called_with_context
 from common.training import Trainer
+from latent_diffusion.drawing import called_with_context
 from p3_controlnet import watch
 from p3_controlnet.model import ControlNet
 

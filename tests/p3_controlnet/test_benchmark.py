@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import p3
-from common.pairs import read_hints, read_pairs
-from common.stable_diffusion.base import load_base
+from latent_diffusion.base import load_base
+from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet import fill50k
 from p3_controlnet.model import ControlNet
 

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
-from common.stable_diffusion.base import load_base
-from common.stable_diffusion.single_file import controlnet_part, controlnet_sizes
-from common.stable_diffusion.weights_file import WeightsFile
+from latent_diffusion.base import load_base
+from latent_diffusion.single_file import controlnet_part, controlnet_sizes
+from latent_diffusion.weights_file import WeightsFile
 from p3_controlnet import export, sample
 from p3_controlnet.config import ControlNetConfig
 from p3_controlnet.model import ControlNet, check_fit

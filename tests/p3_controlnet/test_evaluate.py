@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.circles import Circle, Scene, draw_hint, draw_target
-from common.colour import COLOURS, ciede2000, rgb_to_lab
 from common.errors import UserError, run
+from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
+from latent_diffusion.miniature.scenes import Circle, Scene, draw_hint, draw_target
 from p3_controlnet import evaluate, fill50k
 
 SIZE = 96
@@ -195,4 +195,4 @@ def imported(module: str, seen: set[str]) -> set[str]:
 def test_nothing_that_judges_helps_to_draw():
     used = imported("p3_controlnet.sample", set())
     assert "p3_controlnet.model" in used
-    assert used.isdisjoint({"p3_controlnet.evaluate", "p3_controlnet.regions", "p3_controlnet.fill50k"})
+    assert used.isdisjoint({"p3_controlnet.evaluate", "latent_diffusion.miniature.regions", "p3_controlnet.fill50k"})

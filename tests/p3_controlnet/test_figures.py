@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.circles import held_out, read_prompt
 from common.errors import UserError
-from common.pairs import read_pairs
+from latent_diffusion.miniature.scenes import held_out, read_prompt
+from latent_diffusion.pairs import read_pairs
 from p3_controlnet import figures, make_examples
 from p3_controlnet.make_examples import SINGLES, TWO
 

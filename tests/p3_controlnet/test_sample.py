@@ -10,11 +10,11 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, Stable
 from PIL import Image
 
 from common.errors import UserError
-from common.pairs import read_hints, read_pairs
 from common.sampling import ImageNoise
 from common.sampling import draw as draw_latents
-from common.stable_diffusion.base import Base, load_base
-from common.stable_diffusion.flags import SAMPLERS
+from latent_diffusion.base import Base, load_base
+from latent_diffusion.flags import SAMPLERS
+from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet import sample
 from p3_controlnet.model import ControlNet, HintEncoder
 from p3_controlnet.sampler import HintSampler, SamplingOptions
@@ -281,7 +281,7 @@ def test_without_arguments_it_draws_what_comes_with_the_project(
         "p3_controlnet/examples/prompt.json",
         "p3_controlnet/examples",
         "outputs/p3",
-        "p3_controlnet/weights/base",
+        "latent_diffusion/miniature/weights/base",
     ]
     use_training_names(hint_folder)
     for name, place in {"BASE": pipeline_folder, "CONTROLNET": controlnet_folder, "EXAMPLES": hint_folder}.items():

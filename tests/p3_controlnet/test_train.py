@@ -10,12 +10,12 @@ from PIL import Image
 
 from common.checkpoint import load_tensors
 from common.errors import UserError
-from common.pairs import read_hints, read_pairs
 from common.runtime import seeded_generator
-from common.stable_diffusion.base import Base, load_base
 from common.training import Trainer
+from latent_diffusion.base import Base, load_base
+from latent_diffusion.cache import encode_pairs
+from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet import fill50k, train
-from p3_controlnet.cache import encode_pairs
 from p3_controlnet.model import ControlNet
 from p3_controlnet.watch import Watch
 from tests.training import killed_at, same_files, spied_on, touched

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.stable_diffusion.base import load_base
+from latent_diffusion.base import load_base
 from p3_personalization.custom_diffusion import matrix_names, save_custom
 from p3_personalization.words import Words, save_words
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from scipy.spatial import cKDTree
 
-from common.circles import VISIBLE
-from common.colour import COLOURS, ciede2000, rgb_to_lab
 from common.errors import UserError
+from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
+from latent_diffusion.miniature.scenes import VISIBLE
 from p3_personalization import concepts
 from p3_personalization.concepts import CONCEPTS, PROMPTS, concept_scenes, draw, main, nearest_name, parse_arguments
 

@@ -9,11 +9,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import load_about, load_tensors
-from common.circles import read_prompt
 from common.errors import UserError
-from common.stable_diffusion.base import load_base, quiet
-from common.stable_diffusion.drawing import draw_prompts
 from common.training import Trainer
+from latent_diffusion.base import load_base, quiet
+from latent_diffusion.drawing import draw_prompts
+from latent_diffusion.miniature.scenes import read_prompt
 from p3_personalization import custom_diffusion
 from p3_personalization.custom_diffusion import (
     class_prompts,

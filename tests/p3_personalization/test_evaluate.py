@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from common.circles import Circle, Scene, draw_target
-from common.colour import COLOURS, ciede2000, rgb_to_lab
 from common.errors import UserError, run
+from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
+from latent_diffusion.miniature.scenes import Circle, Scene, draw_target
 from p3_personalization import evaluate
 
 WINE, PETROL, ROSE = (120, 8, 56), (0, 80, 120), (140, 20, 70)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError, run
 from common.sampling import ImageNoise
-from common.stable_diffusion.base import load_base, quiet
-from common.stable_diffusion.drawing import draw_prompts
+from latent_diffusion.base import load_base, quiet
+from latent_diffusion.drawing import draw_prompts
 from p3_personalization import generate
 from p3_personalization.generate import DrawingOptions, pictures, with_learned
 

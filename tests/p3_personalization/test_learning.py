@@ -9,9 +9,9 @@ from torch import nn
 from common.data import stratified_timesteps
 from common.errors import UserError
 from common.runtime import seeded_generator
-from common.stable_diffusion.base import load_base, load_part
-from common.stable_diffusion.prompts import prompt_tokens
-from common.stable_diffusion.single_file import SD_V1
+from latent_diffusion.base import load_base, load_part
+from latent_diffusion.prompts import prompt_tokens
+from latent_diffusion.single_file import SD_V1
 from p3_personalization.learning import (
     ExampleBatches,
     GrownTable,

@@ -10,8 +10,8 @@ from PIL import Image
 
 from common.checkpoint import load_about, load_tensors
 from common.errors import UserError
-from common.stable_diffusion.base import load_base, quiet
-from common.stable_diffusion.saving import save_base
+from latent_diffusion.base import load_base, quiet
+from latent_diffusion.saving import save_base
 from p3_personalization import textual_inversion
 from p3_personalization.textual_inversion import main, parse_arguments
 from p3_personalization.words import add_words, load_words

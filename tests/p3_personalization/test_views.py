@@ -6,8 +6,8 @@ from PIL import Image
 
 from common.data import to_unit_range
 from common.errors import UserError
-from common.stable_diffusion.base import load_base
-from common.stable_diffusion.prompts import prompt_tokens
+from latent_diffusion.base import load_base
+from latent_diffusion.prompts import prompt_tokens
 from p3_personalization.learning import with_new_rows
 from p3_personalization.views import TEMPLATES, Told, encode, read_concept, views
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from common.errors import UserError
-from common.stable_diffusion.base import load_base, load_part, quiet
-from common.stable_diffusion.saving import save_base
-from common.stable_diffusion.single_file import SD_V1, configuration
+from latent_diffusion.base import load_base, load_part, quiet
+from latent_diffusion.saving import save_base
+from latent_diffusion.single_file import SD_V1, configuration
 from p3_personalization.words import (
     add_words,
     check_prompts,

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from common.circles import held_out, read_prompt
-from common.clip import Clip
-from common.colour import COLOURS, ciede2000, rgb_to_lab
+from latent_diffusion.clip import Clip
+from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
+from latent_diffusion.miniature.scenes import held_out, read_prompt
 from p3_personalization import zeroshot
 from p3_personalization.zeroshot import Examples
 

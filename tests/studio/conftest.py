@@ -11,7 +11,7 @@ from PIL import Image
 
 from common.checkpoint import save_tensors
 from common.schedule import NoiseSchedule
-from common.stable_diffusion.base import load_base
+from latent_diffusion.base import load_base
 from p2_ddim.model import FaceUNet, FaceUNetConfig
 from p3_controlnet.model import ControlNet
 from p3_personalization.custom_diffusion import matrix_names, save_custom

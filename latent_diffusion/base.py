@@ -1,0 +1,209 @@
+"""The frozen latent diffusion that a ControlNet steers, from a diffusers folder or one file."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers.utils.logging
+import torch
+import transformers.utils.logging
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from common.errors import UserError
+from common.schedule import NoiseSchedule
+from latent_diffusion.prompts import prompt_tokens
+from latent_diffusion.single_file import SD_V1, read_stable_diffusion
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SCHEDULES = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
+PARTS = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer, "unet": UNet2DConditionModel}
+PROMPTS_AT_ONCE = 64
+PIXELS_AT_ONCE = 2**18  # that the VAE decodes: one picture of 512x512, or 16 of 128x128
+
+
+@dataclass(frozen=True)
+class Base:
+    """A latent diffusion whose weights stay as they are; all models on one device and of one dtype.
+
+    Attributes:
+        vae: between images and latents.
+        text_encoder: from tokens to the context that the U-Net attends to.
+        tokenizer: from prompts to tokens.
+        unet: called with latents, timesteps and contexts.
+        schedule: the noise it was trained with.
+        prediction: what the U-Net predicts: eps, x0 or v.
+    """
+
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: UNet2DConditionModel
+    schedule: NoiseSchedule
+    prediction: str
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.vae.device
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], where: Sequence[str] | None = None) -> Tensor:
+        """What the U-Net attends to for each prompt: the text encoder's last hidden states (N, tokens, width).
+
+        Args:
+            prompts, where: see `prompt_tokens`, which cuts those that are too long, with a line on stderr.
+        """
+        tokens = prompt_tokens(self.tokenizer, prompts, where).to(self.device)
+        return torch.cat([self.text_encoder(part).last_hidden_state for part in tokens.split(PROMPTS_AT_ONCE)])
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents of images: the posterior's mean times the scaling factor (Rombach et al. 2022, appendix G).
+
+        Args:
+            images: (N, 3, H, W) in [-1, 1]; height and width divisible by `factor`.
+
+        Returns:
+            (N, C, H / factor, W / factor) of the models' dtype, about standard normal.
+        """
+        mean = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist.mean
+        return mean * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents: float32 (N, 3, H, W) in [-1, 1].
+
+        Decoded in slices, since decoding takes more memory than a step of the U-Net. Where a VAE of half precision
+        gives what is no number, which would be saved as a black picture, it is turned to fp32 and stays so.
+        """
+        latents = (latents / self.vae.config.scaling_factor).to(self.device)
+        at_once = max(1, PIXELS_AT_ONCE // (latents[0, 0].numel() * self.factor**2))
+        return torch.cat([self.decode_slice(part) for part in latents.split(at_once)]).clamp(-1, 1)
+
+    def decode_slice(self, latents: Tensor) -> Tensor:
+        """What the VAE makes of a few latents, in float32."""
+        images = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+        if self.vae.dtype != torch.float32 and not images.isfinite().all():
+            print(f"warning: the VAE overflows in {self.vae.dtype}; decoding in fp32 from here on", file=sys.stderr)
+            self.vae.float()
+            return self.decode_slice(latents)
+        return images
+
+
+def read_schedule(file: Path) -> tuple[NoiseSchedule, str]:
+    """The schedule and the kind of prediction that a scheduler's config describes.
+
+    Raises:
+        UserError: no such file, no JSON object, or a schedule or prediction that is not known here.
+    """
+    try:
+        config = json.loads(file.read_text())
+        schedule, prediction = config["beta_schedule"], config.get("prediction_type", "epsilon")
+        numbers = {"T": config["num_train_timesteps"]}
+        numbers |= {name: config[name] for name in ("beta_start", "beta_end")}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file}: not a scheduler's config ({type(error).__name__}: {error}); restore it") from None
+    for what, value, known in (("beta_schedule", schedule, SCHEDULES), ("prediction_type", prediction, PREDICTIONS)):
+        if value not in known:
+            raise UserError(f"{file}: its {what} is {value}; a base needs one of {', '.join(known)}")
+    for name in ("trained_betas", "rescale_betas_zero_snr"):
+        if config.get(name):
+            raise UserError(f"{file}: has {name}, which is not supported; name a base without")
+    return NoiseSchedule(SCHEDULES[schedule], **numbers), PREDICTIONS[prediction]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' progress bars and advice, which would drown the program's own words."""
+    libraries = diffusers.utils.logging, transformers.utils.logging
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bar) in zip(libraries, before):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+
+
+def load_part(folder: Path, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """One part of a pipeline folder, frozen and in eval mode.
+
+    Args:
+        folder: the pipeline's.
+        name: a key of `PARTS`.
+        device: where to.
+        dtype: of its weights in memory, whatever they are on disk.
+
+    Raises:
+        UserError: the part is missing, broken, incomplete, or another kind of model.
+    """
+    part = Path(folder) / name
+    if not part.is_dir():
+        raise UserError(f"{part}: no such folder; a base has {', '.join(PARTS)} and scheduler")
+    # Without its files transformers makes up a tokenizer that knows no word.
+    if name == "tokenizer" and not any((part / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"{part}: holds neither tokenizer.json nor vocab.json; restore it, or name another base")
+    options = {"local_files_only": True}
+    if name != "tokenizer":
+        # In another dtype, both libraries would make it torch's default for all threads while they read.
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+    try:
+        with quiet():
+            loaded = PARTS[name].from_pretrained(part, **options)
+    except Exception as error:  # both libraries let through whatever they stumble over
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{part}: not a {PARTS[name].__name__} ({reason}); restore it, or name another base") from None
+    if name == "tokenizer":
+        return loaded
+    model, information = loaded
+    if missing := sorted(information["missing_keys"]):
+        raise UserError(f"{part}: lacks {len(missing)} weights ({', '.join(missing[:3])}); restore it")
+    with quiet():  # diffusers would rather convert while it reads
+        # channels_last is what tensor cores and oneDNN want for convolutions.
+        return model.requires_grad_(False).eval().to(device, dtype, memory_format=torch.channels_last)
+
+
+def load_base(
+    path: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    cache: Path | None = None,
+) -> Base:
+    """Read a Stable Diffusion v1, without network.
+
+    Args:
+        path: a folder as diffusers' `StableDiffusionPipeline.save_pretrained` writes it, whose safety checker is not
+            read; or a single file in the original layout, `.ckpt` or `.safetensors`.
+        device: of the models.
+        dtype: of their weights in memory, whatever they are on disk.
+        cache: see `read_stable_diffusion`.
+
+    Raises:
+        UserError: nothing is there, or a part of it is missing, broken or of another kind.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; name a Stable Diffusion v1, such as sd-v1-4.ckpt")
+    folder = path if path.is_dir() else SD_V1
+    schedule, prediction = read_schedule(folder / "scheduler" / "scheduler_config.json")
+    loaded = {} if path.is_dir() else read_stable_diffusion(path, device, dtype, cache)
+    parts = {name: loaded.get(name) or load_part(folder, name, device, dtype) for name in PARTS}
+    width, wanted = parts["text_encoder"].config.hidden_size, parts["unet"].config.cross_attention_dim
+    if width != wanted:
+        raise UserError(f"{path}: its text encoder gives width {width}, its unet wants {wanted}; name another base")
+    return Base(**parts, schedule=schedule, prediction=prediction)

@@ -1,0 +1,1 @@
+"""A small Stable Diffusion that runs anywhere: its scenes, its training, its weights."""

@@ -1,0 +1,163 @@
+"""Scenes of filled circles, the course's sentences about them, and their drawings."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from zlib import crc32
+
+import numpy as np
+import torch
+
+from common.runtime import seeded_generator
+from latent_diffusion.miniature.colours import COLOURS, rgb_to_lab
+
+RADII = {1: (0.12, 0.36), 2: (0.10, 0.22)}  # of the picture's side, by number of circles
+MARGIN = 3  # pixels left free around each circle
+APART = 0.15  # of the side: two centres are at least so far apart from left to right, which orders their names
+SAME_COLOUR = 0.25  # share of two-circle scenes with one colour for both
+VISIBLE = 20.0  # least CIE76 difference between colours of a scene
+
+
+@dataclass(frozen=True)
+class Circle:
+    """A disc; x and y of its centre and its radius in pixels, where pixel (0, 0) covers the square from 0 to 1."""
+
+    x: float
+    y: float
+    radius: float
+    colour: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Discs from left to right on a background; colours are names in COLOURS."""
+
+    circles: tuple[Circle, ...]
+    background: str
+
+    @property
+    def prompt(self) -> str:
+        """The course's sentence, with the colours from left to right; once where all discs have one colour."""
+        colours = list(dict.fromkeys(circle.colour for circle in self.circles))
+        if len(colours) > 1:
+            colours = [circle.colour for circle in self.circles]
+        return f"{' and '.join(f'{colour} circle' for colour in colours)} with {self.background} background"
+
+
+def read_prompt(prompt: str) -> tuple[list[str], str] | None:
+    """The discs' colour names from left to right, and the background's, of a prompt that Scene.prompt could write.
+
+    One name may stand for several discs. Any other sentence gives None.
+    """
+    match = re.fullmatch(r"((?:[a-z ]+ circle and )*[a-z ]+ circle) with ([a-z ]+) background", prompt.strip().lower())
+    return match and ([part.removesuffix(" circle") for part in match[1].split(" and ")], match[2])
+
+
+def held_out(circle_name: str, background_name: str) -> bool:
+    """Whether this pair of colours, one in ten, is kept for testing; the same in every run and on every machine."""
+    return crc32(f"{circle_name} on {background_name}".encode()) % 10 == 0
+
+
+@cache
+def visible_against(name: str) -> frozenset[str]:
+    """The colours that differ visibly from a named one (CIE76)."""
+    lab = rgb_to_lab(list(COLOURS.values()))
+    distances = np.linalg.norm(lab - rgb_to_lab(COLOURS[name]), axis=1)
+    return frozenset(other for other, distance in zip(COLOURS, distances) if distance > VISIBLE)
+
+
+@cache
+def circle_colours(background: str, held: bool) -> tuple[str, ...]:
+    """The colours that a disc may have on a background, in the order of COLOURS."""
+    return tuple(name for name in COLOURS if name in visible_against(background) and held_out(name, background) == held)
+
+
+def random_colours(generator: torch.Generator, circles: int, held: bool) -> tuple[list[str], str]:
+    """Visibly different colours for one or two discs, and a background."""
+    while True:
+        background, first, second, same = torch.rand(4, generator=generator).tolist()
+        background = list(COLOURS)[int(background * len(COLOURS))]
+        choices = circle_colours(background, held)
+        if not choices:
+            continue
+        names = [choices[int(first * len(choices))]]
+        if circles == 2 and same < SAME_COLOUR:
+            return names * 2, background
+        if circles == 2:
+            choices = [name for name in choices if name in visible_against(names[0])]
+            if not choices:
+                continue
+            names.append(choices[int(second * len(choices))])
+        return names, background
+
+
+def random_places(generator: torch.Generator, circles: int, size: int) -> list[tuple[float, float, float]]:
+    """x, y and radius, from left to right, of one or two discs within the picture that do not touch."""
+    smallest, largest = (part * size for part in RADII[circles])
+    while True:
+        places = []
+        for x, y, radius in torch.rand(circles, 3, generator=generator, dtype=torch.float64).tolist():
+            radius = smallest + radius * (largest - smallest)
+            room = size - 2 * (radius + MARGIN)
+            places.append((radius + MARGIN + x * room, radius + MARGIN + y * room, radius))
+        if circles == 1:
+            return places
+        (x1, y1, r1), (x2, y2, r2) = places = sorted(places)
+        if x2 - x1 >= APART * size and np.hypot(x2 - x1, y2 - y1) >= r1 + r2 + 2 * MARGIN:
+            return places
+
+
+def random_scene(generator: torch.Generator, size: int, circles: int, held_out: bool) -> Scene:
+    """A scene at random.
+
+    Args:
+        generator: its only source of randomness.
+        size: side of the picture in pixels, at least 32.
+        circles: 1 or 2.
+        held_out: whether all pairs of disc and background are of those kept for testing, or none is.
+    """
+    names, background = random_colours(generator, circles, held_out)
+    places = random_places(generator, circles, size)
+    return Scene(tuple(Circle(*place, name) for place, name in zip(places, names)), background)
+
+
+def distances(circle: Circle, size: int) -> np.ndarray:
+    """From the circle's centre to the middle of every pixel: float32 (size, size)."""
+    middles = np.arange(size, dtype=np.float32) + 0.5
+    return np.sqrt((middles - circle.x) ** 2 + ((middles - circle.y) ** 2)[:, None])
+
+
+def draw_target(scene: Scene, size: int, colours: Mapping[str, Sequence[int]] = COLOURS) -> np.ndarray:
+    """The discs on their background, anti-aliased: uint8 (size, size, 3).
+
+    Args:
+        scene: what to draw.
+        size: side of the picture in pixels.
+        colours: sRGB, 0 to 255, of all names in the scene.
+    """
+    picture = np.full((size, size, 3), colours[scene.background], dtype=np.float32)
+    for circle in scene.circles:
+        # The share of a pixel that a straight edge at this distance leaves inside.
+        cover = np.clip(circle.radius - distances(circle, size) + 0.5, 0, 1)[..., None]
+        picture += cover * (np.float32(colours[circle.colour]) - picture)
+    return (picture + 0.5).astype(np.uint8)
+
+
+def draw_hint(scene: Scene, size: int) -> np.ndarray:
+    """The discs' edges as white lines on black, anti-aliased: uint8 (size, size, 3).
+
+    The middle of a line is the edge; up to a size of 512 lines are 2 pixels wide.
+    """
+    width = max(2, size / 256)
+    line = np.zeros((size, size), dtype=np.float32)
+    for circle in scene.circles:
+        from_edge = np.abs(distances(circle, size) - circle.radius)
+        line = np.maximum(line, np.clip(width / 2 - from_edge + 0.5, 0, 1))
+    return np.repeat((255 * line + 0.5).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def random_scenes(count: int, size: int, seed: int, circles: Sequence[int], held_out: bool) -> Iterator[Scene]:
+    """Scenes whose numbers of circles take turns; scene k depends on seed and k alone, not on the count."""
+    for k in range(count):
+        yield random_scene(seeded_generator(seed, 5, k), size, circles[k % len(circles)], held_out)

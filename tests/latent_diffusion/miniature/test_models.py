@@ -1,0 +1,207 @@
+"""The miniature's sizes and tokenizer, the losses and measures of its stages, and the pictures they see."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CLIPTokenizer
+
+from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
+from latent_diffusion.miniature.models import (
+    learn_merges,
+    make_clip,
+    make_image_processor,
+    make_tokenizer,
+    make_unet,
+    make_vae,
+)
+from latent_diffusion.miniature.pictures import Pictures
+from latent_diffusion.miniature.scenes import Circle, Scene, draw_target
+from latent_diffusion.miniature.stage_clip import contrastive_loss, similarities
+from latent_diffusion.miniature.stage_unet import shows_named_colours
+from latent_diffusion.miniature.stage_vae import RoundTrip, flat_colours, reconstruction_loss, round_trip_quality
+from latent_diffusion.pairs import Pair
+
+PROMPTS = [f"{name} circle and {name} circle with {name} background" for name in COLOURS]
+ONE = Scene((Circle(70.0, 50.0, 30.0, "gold"),), "dark slate blue")
+TWO = Scene((Circle(35.0, 50.0, 20.0, "gold"), Circle(90.0, 80.0, 25.0, "crimson")), "light sea green")
+
+
+def drawn(*scenes, size=128):
+    return torch.stack([torch.from_numpy(draw_target(scene, size)).permute(2, 0, 1) for scene in scenes])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(PROMPTS)
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_parts_are_small_and_fit_one_another(tokenizer):
+    vae, clip, unet = make_vae(), make_clip(tokenizer), make_unet()
+    for model, most in ((vae, 1e6), (clip, 1e6), (unet, 4e6)):
+        assert count(model) <= most
+    # fp16; the pipeline's text encoder is a part of CLIP's folder too, and a ControlNet has at most 2 M.
+    assert 2 * (count(vae) + count(clip) + count(clip.text_model) + count(unet) + 2e6) <= 15e6
+    with torch.no_grad():
+        latents = vae.encode(torch.zeros(1, 3, 128, 128)).latent_dist.mean
+        context = clip.text_model(tokenizer([""], padding="max_length", return_tensors="pt").input_ids)
+        output = unet(latents, 3, context.last_hidden_state).sample
+    assert latents.shape == output.shape == (1, 4, 16, 16)
+    assert context.last_hidden_state.shape == (1, 77, unet.config.cross_attention_dim)
+
+
+def test_an_untrained_vae_lets_contrast_pass():
+    """The norms alone would make a picture and its pale copy nearly the same."""
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 1, 1).expand(-1, -1, 64, 64) * 2 - 1
+    vae = make_vae()
+    with torch.no_grad():
+        latents, pale = (vae.encode(x).latent_dist.mean for x in (images, images / 4))
+    assert (latents - pale).norm() > 0.3 * latents.norm()
+
+
+def test_every_word_of_the_prompts_is_one_token(tokenizer, tmp_path):
+    for prompt in PROMPTS:
+        assert len(tokenizer(prompt).input_ids) == len(prompt.split()) + 2
+        assert tokenizer.decode(tokenizer(prompt).input_ids, skip_special_tokens=True) == prompt
+    assert tokenizer("Pale GOLDEN  rod").input_ids == tokenizer("pale golden rod").input_ids
+    tokenizer.save_pretrained(tmp_path)
+    again = CLIPTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    for text in (*PROMPTS[:5], "", "Zürich, 3 ponds!"):
+        assert again(text).input_ids == tokenizer(text).input_ids
+    assert again.model_max_length == 77
+    assert again.eos_token_id == again.pad_token_id == len(again) - 1
+    assert make_tokenizer(reversed(PROMPTS)).get_vocab() == tokenizer.get_vocab()
+
+
+def test_merges_are_sennrichs_example():
+    """Figure 1 of the paper; among pairs that come equally often the alphabet decides."""
+    words = {"low": 5, "lower": 2, "newest": 6, "widest": 3}
+    assert learn_merges(words, 4) == [("s", "t</w>"), ("e", "st</w>"), ("l", "o"), ("w", "est</w>")]
+    assert len(learn_merges(words, 1000)) == len(learn_merges(words, 1001)) < 20
+
+
+def test_unknown_words_are_spelled(tokenizer):
+    ids = tokenizer("zürich \N{SNOWMAN}").input_ids
+    assert tokenizer.unk_token_id not in ids[1:-1]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "zürich \N{SNOWMAN}"
+
+
+def test_the_image_processor_keeps_all_of_a_picture():
+    image = drawn(ONE)
+    pixels = make_image_processor()(image[0], return_tensors="pt").pixel_values
+    assert (pixels - (image / 127.5 - 1)).abs().max() <= 1e-5
+
+
+def test_a_round_trip_of_anothers_posterior():
+    """Without noise the mean is decoded, and with noise a sample with the posterior's deviation."""
+    torch.manual_seed(0)
+    vae = make_vae((4, 4, 8, 8))
+    x0, eps = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        posterior = vae.encode(x0).latent_dist
+        for noise, latents in ((None, posterior.mode()), (eps, posterior.mean + posterior.std * eps)):
+            restored, mean, logvar = RoundTrip(vae)(x0, noise)
+            assert (restored - vae.decode(latents).sample).abs().max() <= 1e-5
+        divergence = (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)) / 2
+        assert (divergence - posterior.kl()).abs().max() <= 1e-2
+
+
+def test_the_reconstruction_loss_counts_pixels_and_edges():
+    flat = torch.zeros(1, 3, 8, 8)
+    assert reconstruction_loss(flat + 0.5, flat).item() == pytest.approx(0.5)
+    edge = torch.cat([flat[..., :4], flat[..., 4:] + 1], dim=-1)
+    # Half of the pixels are off by one, and so is one of the seven steps between columns.
+    assert reconstruction_loss(edge, flat).item() == pytest.approx(0.5 + 1 / 7)
+
+
+def test_flat_colours_are_the_scenes():
+    for scene in (ONE, TWO):
+        colours = [tuple(colour) for colour in flat_colours(draw_target(scene, 128)).tolist()]
+        assert colours[0] == COLOURS[scene.background]
+        assert set(colours[1:]) == {COLOURS[circle.colour] for circle in scene.circles}
+
+
+def test_a_perfect_round_trip_and_two_bad_ones():
+    images = drawn(ONE, TWO)
+    assert round_trip_quality(images, images) == (0, 1)
+
+    red_for_gold = drawn(Scene((Circle(70.0, 50.0, 30.0, "tomato"),), "dark slate blue"))
+    difference, overlap = round_trip_quality(images[:1], red_for_gold)
+    share = (images[0].permute(1, 2, 0) == torch.tensor(COLOURS["gold"])).all(dim=-1).float().mean().item()
+    share /= (
+        share + (images[0].permute(1, 2, 0) == torch.tensor(COLOURS["dark slate blue"])).all(-1).float().mean().item()
+    )
+    apart = ciede2000(rgb_to_lab(COLOURS["gold"]), rgb_to_lab(COLOURS["tomato"]))
+    assert difference == pytest.approx(share * apart, rel=1e-6)
+    assert overlap > 0.98
+
+    moved = drawn(Scene((Circle(85.0, 50.0, 30.0, "gold"),), "dark slate blue"))
+    # Two discs of radius r at a distance d share 2 r^2 acos(d / 2r) - d sqrt(4 r^2 - d^2) / 2.
+    r, d = 30.0, 15.0
+    shared = 2 * r**2 * np.arccos(d / (2 * r)) - d * np.sqrt(4 * r**2 - d**2) / 2
+    assert round_trip_quality(images[:1], moved)[1] == pytest.approx(shared / (2 * np.pi * r**2 - shared), abs=0.01)
+
+
+def test_a_scene_shows_its_own_colours_alone():
+    image = drawn(TWO)[0]
+    assert shows_named_colours(image, TWO.prompt)
+    assert not shows_named_colours(image, TWO.prompt.replace("crimson", "navy"))
+    assert not shows_named_colours(image, TWO.prompt.replace("light sea green", "navy"))
+    assert not shows_named_colours(image, "a poem")
+
+
+@pytest.fixture
+def clip_batch(tokenizer):
+    torch.manual_seed(0)
+    clip = make_clip(tokenizer, width=16, layers=1).eval()
+    ids = tokenizer(PROMPTS[:4], padding=True, return_tensors="pt").input_ids
+    return clip, {"input_ids": ids, "pixel_values": torch.randn(4, 3, 128, 128)}
+
+
+def test_the_contrastive_loss_is_transformers(clip_batch):
+    clip, batch = clip_batch
+    with torch.no_grad():
+        theirs = clip(**batch, return_loss=True)
+        assert contrastive_loss(clip, batch).item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+        cosines = theirs.logits_per_text / clip.logit_scale.exp()
+        assert (similarities(clip, batch) - cosines).abs().max() <= 1e-6
+
+
+def test_pictures_of_one_prompt_are_not_held_against_each_other(clip_batch):
+    clip, batch = clip_batch
+    batch["input_ids"][2] = batch["input_ids"][0]
+    with torch.no_grad():
+        logits = similarities(clip, batch) * clip.logit_scale.exp()
+        rows = [[0, 1, 3], [0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3]]  # who competes with whom
+        losses = [
+            F.cross_entropy(matrix[k, others], torch.tensor(others.index(k)))
+            for matrix in (logits, logits.T)
+            for k, others in enumerate(rows)
+        ]
+        assert contrastive_loss(clip, batch).item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+        clip.logit_scale.fill_(10.0)  # exp(10) is far above the cap
+        capped = contrastive_loss(clip, batch)
+        clip.logit_scale.fill_(torch.tensor(100.0).log())
+        assert capped.item() == pytest.approx(contrastive_loss(clip, batch).item(), rel=1e-5)
+
+
+def test_padding_changes_nothing_before_it(clip_batch, tokenizer):
+    clip, batch = clip_batch
+    longer = tokenizer(PROMPTS[:4], padding="max_length", return_tensors="pt").input_ids
+    assert longer.shape[1] == 77 > batch["input_ids"].shape[1]
+    with torch.no_grad():
+        assert (similarities(clip, batch) - similarities(clip, batch | {"input_ids": longer})).abs().max() <= 1e-5
+
+
+def test_both_kinds_of_scenes_are_held_out():
+    pairs = [Pair("", "", "two" if k % 2 else "one", "") for k in range(44)]
+    train, held = Pictures(pairs, torch.arange(44)[:, None]).split()
+    assert len(train) == 40
+    assert held.images[:, 0].tolist() == [10, 21, 32, 43]
+    assert [pair.prompt for pair in held.pairs] == ["one", "two", "one", "two"]
+    assert train.images[:, 0].tolist() == [k for k in range(44) if k not in (10, 21, 32, 43)]

@@ -1,0 +1,200 @@
+"""The miniature's three stages, with still smaller parts: what each leaves, resume, bad input."""
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+from common.checkpoint import load_tensors
+from common.data import to_unit_range
+from common.errors import UserError
+from latent_diffusion.base import load_base
+from latent_diffusion.miniature import models as miniature
+from latent_diffusion.miniature import stage_clip, stage_unet, stage_vae
+from latent_diffusion.miniature.pictures import read_pictures
+from latent_diffusion.miniature.train import main, parse_arguments
+from p3_controlnet import fill50k
+from tests.training import killed_at, metrics, same_files
+
+SMALL = [
+    *("--batch-size", "4", "--steps", "4", "--warmup", "2", "--lr", "2e-3", "--precision", "fp32", "--device", "cpu"),
+    *("--log-every", "1", "--save-every", "2", "--validate-every", "2", "--sample-every", "4"),
+]
+QUIET = ["--save-every", "1000", "--validate-every", "1000", "--sample-every", "1000"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Forty-four pictures, of which four are held out."""
+    folder = tmp_path_factory.mktemp("circles")
+    fill50k.main(fill50k.parse_arguments([str(folder), "--count", "44"]))
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def smaller():
+    """Parts of a few thousand parameters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_vae, "make_vae", partial(miniature.make_vae, (4, 4, 8, 8)))
+        patch.setattr(stage_clip, "make_clip", partial(miniature.make_clip, width=16, layers=1))
+        patch.setattr(stage_unet, "make_unet", partial(miniature.make_unet, (16, 32), 16))
+        patch.setattr(stage_unet, "STEPS", 2)
+        yield
+
+
+def train(stage, data, out, *flags):
+    return main(parse_arguments([stage, "--data", str(data), "--out", str(out), *SMALL, *flags]))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """All stages, four steps each."""
+    out = tmp_path_factory.mktemp("base")
+    for stage in ("vae", "clip", "unet"):
+        train(stage, data, out)
+    return out
+
+
+def test_the_stages_leave_a_pipeline_a_clip_and_their_logs(finished):
+    assert {path.name for path in finished.iterdir()} == {"pipeline", "clip", "stages"}
+    parts = {"vae", "text_encoder", "tokenizer", "unet", "scheduler", "model_index.json"}
+    assert {path.name for path in (finished / "pipeline").iterdir()} == parts
+    for stage in ("vae", "clip", "unet"):
+        losses = [line["loss"] for line in metrics(finished / "stages" / stage) if "loss" in line]
+        assert len(losses) == 4
+        assert any("validation_loss" in line for line in metrics(finished / "stages" / stage))
+    with Image.open(finished / "stages" / "vae" / "samples_00000004.png") as picture:
+        assert picture.size == (8 * 130 + 2, 130 + 2)  # the four held-out pictures, and what comes back of them
+
+
+def test_diffusers_runs_the_pipeline(finished):
+    pipeline = StableDiffusionPipeline.from_pretrained(finished / "pipeline", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert {model.dtype for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    image = pipeline("red circle with blue background", num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 128, 128, 3)
+
+
+def test_the_clip_folder_holds_the_pipelines_text_encoder(finished):
+    clip, information = CLIPModel.from_pretrained(finished / "clip", local_files_only=True, output_loading_info=True)
+    assert not information["missing_keys"]
+    assert clip.dtype == torch.float32
+    base = load_base(finished / "pipeline")
+    theirs, ours = clip.text_model.state_dict(), base.text_encoder.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    prompt = "red circle with blue background"
+    processor = CLIPProcessor.from_pretrained(finished / "clip", local_files_only=True)
+    inputs = processor(text=[prompt], images=Image.new("RGB", (128, 128), (255, 0, 51)), return_tensors="pt")
+    assert inputs["input_ids"][0].tolist() == base.tokenizer(prompt).input_ids
+    assert inputs["pixel_values"].shape == (1, 3, 128, 128)
+    wanted = torch.tensor([1.0, -1.0, -0.6])
+    assert (inputs["pixel_values"].mean(dim=(0, 2, 3)) - wanted).abs().max() <= 1e-5
+    assert -1 <= (clip(**inputs).logits_per_image / clip.logit_scale.exp()).item() <= 1
+
+
+def test_the_scaling_factor_makes_latents_of_unit_variance(finished, data):
+    train_pictures, _ = read_pictures(data, 128).split()
+    latents = load_base(finished / "pipeline").encode_images(to_unit_range(train_pictures.images))
+    assert latents.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_resumed_stages_take_the_same_steps(finished, data, tmp_path):
+    """In every bit; the kill comes a step after the last save."""
+    for stage in ("vae", "clip", "unet"):
+        with killed_at(3):
+            train(stage, data, tmp_path)
+        train(stage, data, tmp_path)
+        one, other = (out / "stages" / stage for out in (tmp_path, finished))
+        assert metrics(one) == metrics(other)
+        assert same_files(one / "state_00000004.safetensors", other / "state_00000004.safetensors")
+    for name in ("vae/diffusion_pytorch_model", "text_encoder/model", "unet/diffusion_pytorch_model"):
+        file = f"pipeline/{name}.safetensors"
+        assert (tmp_path / file).read_bytes() == (finished / file).read_bytes()
+
+
+def test_an_earlier_part_may_be_trained_again(finished, data, tmp_path):
+    """The cache follows, and the other parts stay."""
+    out = shutil.copytree(finished, tmp_path / "base")
+    before = load_tensors(out / "stages" / "unet" / "train_cache" / "latents_00000.safetensors")[0]["latents"]
+    shutil.rmtree(out / "stages" / "vae")
+    train("vae", data, out, "--seed", "1")
+    assert (out / "pipeline" / "model_index.json").exists()
+    shutil.rmtree(out / "pipeline" / "unet")
+    train("unet", data, out, "--steps", "5")
+    after = load_tensors(out / "stages" / "unet" / "train_cache" / "latents_00000.safetensors")[0]["latents"]
+    assert not torch.equal(before, after)
+    load_base(out / "pipeline")
+
+
+def test_the_vae_learns(data, tmp_path, capsys):
+    folder = train("vae", data, tmp_path, "--steps", "40", *QUIET)
+    losses = [line["loss"] for line in metrics(tmp_path / "stages" / "vae") if "loss" in line]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{folder}: after a round trip of 4 held-out images")
+
+
+def test_clip_learns(data, tmp_path):
+    train("clip", data, tmp_path, "--steps", "40", "--batch-size", "8", *QUIET)
+    losses = [line["loss"] for line in metrics(tmp_path / "stages" / "clip") if "loss" in line]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_the_unet_learns(finished, data, tmp_path):
+    shutil.copytree(finished / "pipeline", tmp_path / "pipeline")
+    train("unet", data, tmp_path, "--steps", "40", "--batch-size", "8", *QUIET)
+    losses = [line["loss"] for line in metrics(tmp_path / "stages" / "unet") if "loss" in line]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "complaint"),
+    [
+        ("unet", [], "{tmp}/out/pipeline/vae: no such folder; a base has"),
+        ("vae", ["--data", "{tmp}/absent"], "{tmp}/absent/prompt.json: no such file"),
+        ("clip", ["--data", "{tmp}/few"], "{tmp}/few/prompt.json: lists 3 pictures; give at least 11"),
+        ("vae", ["--data", "{tmp}/broken"], "{tmp}/broken/prompt.json line 12: {tmp}/broken/target/11.png: no such"),
+        ("vae", ["--kl-weight", "-1"], "--kl-weight -1.0: must be at least 0"),
+        ("unet", ["--prompt-drop", "1.5"], "--prompt-drop 1.5: must be between 0 and 1"),
+        ("unet", ["--min-snr-gamma", "nan"], "--min-snr-gamma nan: must be at least 0"),
+        ("vae", ["--steps", "0"], "--steps 0: must be above 0"),
+        ("clip", ["--device", "cuda:77"], "--device cuda:77: "),
+        ("clip", ["--out", "{tmp}/few/prompt.json"], "{tmp}/few/prompt.json"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(data, tmp_path, stage, flags, complaint):
+    lines = (data / "prompt.json").read_text().splitlines(keepends=True)
+    for name, count in (("few", 3), ("broken", 12)):
+        (tmp_path / name / "target").mkdir(parents=True)
+        (tmp_path / name / "prompt.json").write_text("".join(lines[:count]))
+        for k in range(11):
+            shutil.copy(data / "target" / f"{k}.png", tmp_path / name / "target")
+    with pytest.raises(UserError) as caught:
+        train(stage, data, tmp_path / "out", *(flag.replace("{tmp}", str(tmp_path)) for flag in flags))
+    assert str(caught.value).startswith(complaint.replace("{tmp}", str(tmp_path)))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_bad_stages_are_refused_in_one_line(capsys):
+    for flags in ([], ["controlnet"], ["vae", "--prompt-drop", "0.1"]):
+        with pytest.raises(SystemExit) as caught:
+            parse_arguments(flags)
+        assert caught.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_help_shows_the_order(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    shown = capsys.readouterr().out
+    places = [shown.index(f"python latent_diffusion/miniature/train.py {stage}") for stage in ("vae", "clip", "unet")]
+    assert places == sorted(places)
+    with pytest.raises(SystemExit):
+        parse_arguments(["unet", "--help"])
+    assert "--prompt-drop" in capsys.readouterr().out

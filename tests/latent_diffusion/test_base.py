@@ -1,0 +1,275 @@
+"""The frozen base: read, used and written as diffusers' own pipeline does it, and bad folders refused."""
+
+import json
+import shutil
+import stat
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from common.errors import UserError
+from latent_diffusion.base import load_base, read_schedule
+from latent_diffusion.saving import save_base, save_part
+
+PROMPTS = ["red circle with blue background", "", "Two GOLD circles!"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(pipeline_folder):
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def base(pipeline_folder):
+    return load_base(pipeline_folder)
+
+
+@pytest.fixture
+def copied(pipeline_folder, tmp_path):
+    """A pipeline folder to spoil."""
+    return shutil.copytree(pipeline_folder, tmp_path / "base")
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_contexts_are_the_pipelines(base, pipeline):
+    with torch.no_grad():
+        theirs, null = pipeline.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=True)
+    ours = base.encode_prompts(PROMPTS)
+    assert ours.shape == (3, 77, 16)
+    assert (ours - theirs).abs().max() <= 1e-6
+    assert (ours[1] - null[0]).abs().max() <= 1e-6
+    assert not torch.equal(ours[0], ours[2])
+
+
+def test_contexts_do_not_depend_on_how_many_are_encoded_at_once(base, monkeypatch):
+    whole = base.encode_prompts(PROMPTS)
+    monkeypatch.setattr("latent_diffusion.base.PROMPTS_AT_ONCE", 2)
+    assert (base.encode_prompts(PROMPTS) - whole).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_another_dtype_is_diffusers_own_and_never_other_threads_default(pipeline_folder, monkeypatch, capfd, dtype):
+    theirs = StableDiffusionPipeline.from_pretrained(pipeline_folder, local_files_only=True, dtype=dtype)
+    capfd.readouterr()
+    defaults = []
+    monkeypatch.setattr(torch, "set_default_dtype", defaults.append)
+    ours = load_base(pipeline_folder, dtype=dtype)
+    assert set(defaults) <= {torch.float32}
+    assert capfd.readouterr().err == ""
+    for name in ("unet", "vae", "text_encoder"):
+        mine, expected = getattr(ours, name).state_dict(), getattr(theirs, name).state_dict()
+        assert mine.keys() == expected.keys()
+        for key, tensor in mine.items():
+            assert tensor.dtype == expected[key].dtype, key
+            assert torch.equal(tensor, expected[key]), key
+
+
+def test_latents_and_images_are_the_vaes(base, pipeline, monkeypatch):
+    images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents = pipeline.vae.encode(images).latent_dist.mode() * 0.5
+        decoded = pipeline.vae.decode(latents / 0.5).sample
+    assert base.encode_images(images).shape == (5, 4, 8, 8)
+    assert (base.encode_images(images) - latents).abs().max() <= 1e-5
+    sizes, whole = [], AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, part: sizes.append(len(part)) or whole(vae, part))
+    for pixels, expected in ((2**18, [5]), (2 * 64**2, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr("latent_diffusion.base.PIXELS_AT_ONCE", pixels)
+        sizes.clear()
+        assert (base.decode(latents) - decoded).abs().max() <= 1e-5
+        assert sizes == expected
+
+
+def test_a_vae_that_overflows_in_half_precision_decodes_in_fp32(pipeline_folder, monkeypatch, capsys):
+    """Weights that fit fp16 and sums that do not: without the second attempt the pictures would be black."""
+    monkeypatch.setattr("latent_diffusion.base.PIXELS_AT_ONCE", 1)
+    exact, base = load_base(pipeline_folder), load_base(pipeline_folder, dtype=torch.float16)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    near = base.decode(latents)
+    assert (base.vae.dtype, capsys.readouterr().err) == (torch.float16, "")
+    for loaded in (exact, base):
+        loaded.vae.decoder.conv_in.weight *= 5e4
+    assert not base.vae.decode(latents.half() / 0.5).sample.isfinite().all()
+    assert (base.decode(latents) - exact.decode(latents)).abs().max() < 0.05
+    assert (near - exact.decode(latents)).abs().max() > 0.05
+    err = capsys.readouterr().err
+    assert (err.count("\n"), err.startswith("warning: the VAE overflows in torch.float16")) == (1, True)
+    assert base.vae.dtype == torch.float32
+
+
+def test_images_are_cut_to_their_range(pipeline_folder):
+    base = load_base(pipeline_folder)
+    base.vae.decoder.conv_out.weight *= 10
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        decoded = base.vae.decode(latents / 0.5).sample
+    assert decoded.abs().max() > 1
+    assert (base.decode(latents) - decoded.clamp(-1, 1)).abs().max() <= 1e-5
+
+
+def test_what_is_encoded_can_be_trained_on(base):
+    """A tensor of inference mode could not."""
+    weight = torch.ones(16, requires_grad=True)
+    (base.encode_prompts(["red"]) * weight).sum().backward()
+    latents = base.encode_images(torch.zeros(1, 3, 64, 64))
+    (latents * weight[:8]).sum().backward()
+    assert weight.grad.abs().min() > 0 or weight.grad.abs().max() > 0
+
+
+def test_everything_is_frozen_in_eval_mode_and_channels_last(pipeline_folder):
+    base = load_base(pipeline_folder, dtype=torch.bfloat16)
+    assert (base.factor, base.device, base.prediction) == (8, torch.device("cpu"), "v")
+    for model in (base.vae, base.text_encoder, base.unet):
+        assert model.dtype == torch.bfloat16
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert base.unet.down_blocks[0].resnets[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert base.encode_prompts(["red"]).dtype == torch.bfloat16
+    assert base.decode(torch.zeros(1, 4, 8, 8)).dtype == torch.float32
+
+
+def test_a_long_prompt_is_cut_with_one_warning(base, capsys):
+    long = "a b " * 60  # a token a letter
+    contexts = base.encode_prompts(["red", long], ["prompt.json line 1", "prompt.json line 2"])
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert len(told.err.splitlines()) == 1
+    assert told.err.startswith("warning: prompt.json line 2: prompt of 122 tokens is cut to 77: 'a b a b")
+    assert (contexts[1] - base.encode_prompts([long[:150]])[0]).abs().max() <= 1e-6
+    assert capsys.readouterr().err == ""  # 75 letters and the marks of start and end fit just so
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize(("theirs", "ours"), [("epsilon", "eps"), ("v_prediction", "v"), ("sample", "x0")])
+def test_schedules_are_the_schedulers(tmp_path, beta_schedule, theirs, ours):
+    scheduler = DDIMScheduler(500, 0.00085, 0.012, beta_schedule, prediction_type=theirs)
+    scheduler.save_pretrained(tmp_path)
+    schedule, prediction = read_schedule(tmp_path / "scheduler_config.json")
+    assert prediction == ours
+    assert (schedule.alphas_cumprod - scheduler.alphas_cumprod).abs().max() <= 1e-6
+
+
+def test_a_saved_base_is_a_pipeline_in_fp16(base, tmp_path, pipeline):
+    folder = tmp_path / "new" / "base"
+    save_base(folder, base)
+    again = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    again.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"latents": latents, "num_inference_steps": 2, "output_type": "np"}
+    images = [p("a red circle", **options).images for p in (pipeline, again)]
+    assert images[0].shape == (1, 64, 64, 3)
+    assert images[0].std() > 0.01
+    assert np.abs(images[0] - images[1]).max() <= 0.02
+    for name in ("unet", "vae", "text_encoder"):
+        file = next((folder / name).glob("*.safetensors"))
+        assert {tensor.dtype for tensor in load_file(file).values() if tensor.is_floating_point()} == {torch.float16}
+        assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE((folder / "model_index.json").stat().st_mode)
+    assert next(base.unet.parameters()).dtype == torch.float32
+    ours, rounded = (b.encode_prompts(PROMPTS) for b in (base, load_base(folder)))
+    assert 0 < (ours - rounded).abs().max() <= 0.01
+    assert load_base(folder).schedule == base.schedule
+    assert load_base(folder).prediction == base.prediction
+    assert [path.name for path in folder.parent.iterdir()] == ["base"]
+
+
+def test_saving_replaces_the_whole_folder(base, copied):
+    (copied / "unet" / "left.txt").write_text("over")
+    save_base(copied, base)
+    assert not (copied / "unet" / "left.txt").exists()
+    load_base(copied)
+
+
+def test_a_full_disk_leaves_the_old_folder(base, copied, full_disk):
+    before = files(copied)
+    with full_disk(10_000), pytest.raises(UserError, match="cannot be written") as caught:
+        save_base(copied, base)
+    assert str(caught.value).startswith(f"{copied}: ")
+    assert files(copied) == before
+    assert [path.name for path in copied.parent.iterdir()] == ["base"]
+
+
+def test_a_part_is_saved_beside_the_others(base, copied):
+    save_part(copied / "text_encoder", base.text_encoder, base.tokenizer)
+    assert (copied / "text_encoder" / "tokenizer.json").exists()
+    assert (load_base(copied).encode_prompts(PROMPTS) - base.encode_prompts(PROMPTS)).abs().max() <= 0.01
+
+
+def test_nothing_can_be_saved_over_a_file(base, tmp_path):
+    (tmp_path / "base").write_text("a file")
+    for save in (lambda: save_base(tmp_path / "base", base), lambda: save_part(tmp_path / "base" / "vae", base.vae)):
+        with pytest.raises(UserError, match=f"^{tmp_path}/base"):
+            save()
+    assert (tmp_path / "base").read_text() == "a file"
+
+
+def cut(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def without_weights(folder):
+    for name in ("text_encoder/model", "vae/diffusion_pytorch_model"):
+        tensors = load_file(file := folder / f"{name}.safetensors")
+        tensors.pop(sorted(tensors)[0])
+        save_file(tensors, file, {"format": "pt"})
+
+
+def scheduler_with(**changes):
+    def spoil(folder):
+        file = folder / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return spoil
+
+
+def wide(folder):
+    file = folder / "unet" / "config.json"
+    unet = load_base(folder).unet
+    unet = type(unet).from_config(json.loads(file.read_text()) | {"cross_attention_dim": 24})
+    unet.save_pretrained(folder / "unet")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (shutil.rmtree, "{base}: no such file or folder; name a Stable Diffusion"),
+        (
+            lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
+            "{base}: holds more than plain tensors, or is no file of torch.save",
+        ),
+        (lambda folder: shutil.rmtree(folder / "vae"), "{base}/vae: no such folder; a base has vae, text_encoder"),
+        (lambda folder: shutil.rmtree(folder / "scheduler"), "{base}/scheduler/scheduler_config.json: not a sch"),
+        (lambda folder: (folder / "unet" / "config.json").unlink(), "{base}/unet: not a UNet2DConditionModel ("),
+        (lambda folder: (folder / "tokenizer" / "tokenizer.json").unlink(), "{base}/tokenizer: holds neither"),
+        (cut, "{base}/unet: not a UNet2DConditionModel ("),
+        (without_weights, "{base}/vae: "),
+        (wide, "{base}: its text encoder gives width 16, its unet wants 24; name another base"),
+        (scheduler_with(beta_schedule="sigmoid"), "{base}/scheduler/scheduler_config.json: its beta_schedule is sig"),
+        (scheduler_with(prediction_type="flow"), "{base}/scheduler/scheduler_config.json: its prediction_type is f"),
+        (scheduler_with(trained_betas=[0.1]), "{base}/scheduler/scheduler_config.json: has trained_betas"),
+    ],
+)
+def test_bad_folders_are_refused_in_one_line(copied, spoil, complaint, capsys):
+    spoil(copied)
+    with pytest.raises(UserError) as caught:
+        load_base(copied)
+    assert str(caught.value).startswith(complaint.replace("{base}", str(copied)))
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_missing_weights_of_the_text_encoder_are_not_made_up(copied):
+    tensors = load_file(file := copied / "text_encoder" / "model.safetensors")
+    tensors.pop(name := sorted(tensors)[0])
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"text_encoder: lacks 1 weights") as caught:
+        load_base(copied)
+    assert name.split(".")[-1] in str(caught.value)

@@ -1,0 +1,198 @@
+"""The cache: what the base encodes, kept in shards until the base or the data they were made of change."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.data import to_unit_range
+from common.errors import UserError
+from common.images import save_png
+from latent_diffusion import cache as module
+from latent_diffusion.base import Base, load_base
+from latent_diffusion.cache import Shards, encode_pairs
+from latent_diffusion.pairs import Pair
+
+PROMPTS = ["red circle", "blue circle", "red circle", "", "Red circle"]
+FILES = ["contexts_00000", "contexts_00001", "latents_00000", "latents_00001", "latents_00002"]
+
+
+@pytest.fixture(scope="module")
+def base(pipeline_folder):
+    return load_base(pipeline_folder)
+
+
+@pytest.fixture
+def pairs():
+    return [Pair(f"{k}.png", f"{k}.png", prompt, f"prompt.json line {k + 1}") for k, prompt in enumerate(PROMPTS)]
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (5, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+@pytest.fixture
+def data(images, tmp_path) -> Path:
+    """The folder of the targets."""
+    for k, image in enumerate(images):
+        save_png(tmp_path / "data" / f"{k}.png", image)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """Shards of two rows; collects how many pictures and prompts are encoded at a time."""
+    monkeypatch.setattr(module, "SHARD", 2)
+    calls = []
+
+    def watch(name):
+        whole = getattr(Base, name)
+
+        def call(base, items, *others):
+            calls.append(len(items))
+            return whole(base, items, *others)
+
+        monkeypatch.setattr(Base, name, call)
+
+    watch("encode_images")
+    watch("encode_prompts")
+    return calls
+
+
+@pytest.mark.parametrize("shard", [2, 256])
+@pytest.mark.parametrize("pixels", [64**2, 3 * 64**2])
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_cache_holds_what_the_base_encodes(base, pairs, images, data, tmp_path, monkeypatch, shard, pixels, kept):
+    monkeypatch.setattr(module, "SHARD", shard)
+    monkeypatch.setattr(module, "PIXELS_AT_ONCE", pixels)
+    cache = encode_pairs(base, pairs, data, 64, tmp_path / "cache" if kept else None)
+    assert (len(cache), len(cache.contexts)) == (5, 4)
+    assert {part.dtype for part in (*cache.latents.parts, *cache.contexts.parts)} == {torch.float16}
+    latents, contexts = base.encode_images(to_unit_range(images)), base.encode_prompts(PROMPTS)
+    x0, context = cache.take(torch.arange(5))
+    assert x0.dtype == context.dtype == torch.float32
+    assert (x0 - latents).abs().max() <= 1e-3 * latents.abs().max()
+    assert (context - contexts).abs().max() <= 1e-3 * contexts.abs().max()
+    index, dropped = torch.tensor([4, 0, 1]), torch.tensor([False, True, False])
+    x0, context = cache.take(index, dropped)
+    assert torch.equal(x0, cache.take(torch.arange(5))[0][index])
+    assert (context - base.encode_prompts(["Red circle", "", "blue circle"])).abs().max() <= 1e-3
+    assert torch.equal(cache.null_context, context[1])
+
+
+def test_shards_are_rows_of_one_tensor():
+    whole = torch.arange(14).view(7, 2)
+    shards = Shards(whole.split(3))
+    index = torch.tensor([6, 0, 3, 3, 5, 2])
+    assert len(shards) == 7
+    assert torch.equal(shards[index], whole[index])
+
+
+def test_shards_stay_on_disk(base, pairs, data, tmp_path):
+    """Mapped, so that memory holds only what is used."""
+    cache = encode_pairs(base, pairs, data, 64, tmp_path / "cache")
+    maps = Path("/proc/self/maps").read_text()
+    assert str(tmp_path / "cache" / "latents_00000.safetensors") in maps
+    assert len(cache) == 5
+
+
+def test_a_killed_encoding_goes_on_at_the_missing_shard(base, pairs, data, tmp_path, encoded, monkeypatch):
+    folder = tmp_path / "cache"
+    expected = encode_pairs(base, pairs, data, 64).take(torch.arange(5))
+    save = module.save_tensors
+
+    def killed(path, *rest):
+        if path.name == "latents_00001.safetensors":
+            (folder / ".unfinished-x").mkdir()  # as a process that is killed while writing leaves it
+            raise KeyboardInterrupt
+        save(path, *rest)
+
+    monkeypatch.setattr(module, "save_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        encode_pairs(base, pairs, data, 64, folder)
+    assert sorted(path.name for path in folder.iterdir()) == [".unfinished-x", "latents_00000.safetensors"]
+    monkeypatch.setattr(module, "save_tensors", save)
+    encoded.clear()
+    cache = encode_pairs(base, pairs, data, 64, folder)
+    assert encoded == [2, 1, 2, 2]  # two shards of latents, two of contexts
+    assert all(torch.equal(one, other) for one, other in zip(cache.take(torch.arange(5)), expected))
+    assert sorted(path.stem for path in folder.iterdir()) == FILES
+    encoded.clear()
+    encode_pairs(base, pairs, data, 64, folder)
+    assert not encoded
+
+
+def test_only_what_changed_is_made_anew(pipeline_folder, pairs, images, data, tmp_path, encoded):
+    folder, base = tmp_path / "cache", load_base(pipeline_folder)
+
+    def anew(base, pairs=pairs, size=64) -> list[int]:
+        encoded.clear()
+        cache = encode_pairs(base, pairs, data, size, folder)
+        done = list(encoded)
+        fresh = encode_pairs(base, pairs, data, size).take(torch.arange(5))
+        assert all(torch.equal(one, other) for one, other in zip(cache.take(torch.arange(5)), fresh))
+        return done
+
+    assert anew(base) == [2, 2, 1, 2, 2]
+    assert anew(load_base(pipeline_folder)) == []  # another tokenizer, which has not padded yet
+    images[4, 2, 63, 63] ^= 1
+    save_png(data / "4.png", images[4])
+    assert anew(base) == [1]
+    swapped = [pairs[0], pairs[3], pairs[2], pairs[1], pairs[4]]
+    assert anew(base, swapped) == [2, 2]  # pictures 2 and 4; no new prompt, and the same order of prompts
+    other = [*pairs[:4], Pair("4.png", "4.png", "red  circle", "prompt.json line 5")]
+    assert anew(base, other) == [2, 2, 2]  # the pictures in their order again, and the last prompts
+    assert anew(base, other, size=32) == [2, 2, 1]
+    base.vae.encoder.conv_in.weight[0, 0, 0, 0] += 1
+    assert anew(base, other, size=32) == [2, 2, 1]
+    next(base.text_encoder.parameters())[0, 0] += 1
+    assert anew(base, other, size=32) == [2, 2]
+
+
+def test_processes_share_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD", 2)
+    monkeypatch.setattr(module, "WAIT", 0.01)
+    made, results = {0: [], 1: []}, {}
+
+    def process(rank):
+        def encode(rows):
+            made[rank].append(rows.start)
+            return torch.arange(rows.start, rows.stop)[:, None].half()
+
+        environment = {"RANK": str(rank), "WORLD_SIZE": "2"}
+        results[rank] = module.sharded("x", list("abcdefg"), "key", encode, tmp_path, environment)
+
+    threads = [threading.Thread(target=process, args=(rank,), daemon=True) for rank in made]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)  # the second finds a shard of the first
+    for thread in threads:
+        thread.join(timeout=30)
+    assert results.keys() == made.keys()
+    assert sorted(made[0] + made[1]) == [0, 2, 4, 6]
+    for shards in results.values():
+        assert torch.equal(shards[torch.arange(7)], torch.arange(7)[:, None].half())
+
+
+def test_a_long_prompt_is_named_by_its_first_line(base, data, capsys):
+    pairs = [Pair("0.png", "0.png", "x" * 90, f"prompt.json line {k + 4}") for k in range(5)]
+    encode_pairs(base, pairs, data, 64)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith("warning: prompt.json line 4: prompt of 92 tokens is cut to 77")
+
+
+def test_a_broken_file_is_named(base, pairs, data, tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "latents_00000.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=f"^{folder}/latents_00000.safetensors: not a whole safetensors file"):
+        encode_pairs(base, pairs, data, 64, folder)
+    with pytest.raises(UserError, match="cannot be written"):
+        encode_pairs(base, pairs, data, 64, folder / "latents_00000.safetensors")
+    (data / "3.png").unlink()
+    with pytest.raises(UserError, match=r"^prompt.json line 4: .*3.png: No such file"):
+        encode_pairs(base, pairs, data, 64)
