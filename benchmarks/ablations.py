@@ -23,9 +23,7 @@ from benchmarks.ablations_p2 import P2
 from benchmarks.ablations_p3 import P3
 from benchmarks.ablations_words import WORDS
 from benchmarks.pages import write_blocks
-from common.errors import Parser, UserError, run
-from common.progress import say
-from common.results import add_json_argument, check_json, write_json
+from common.cli import Parser, UserError, add_json_argument, check_json, run, say, write_json
 
 ABLATIONS: dict[str, Ablation] = P1 | P2 | P3 | WORDS
 DOCS = ROOT / "docs"

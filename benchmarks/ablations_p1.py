@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from benchmarks.ablation_tables import PERCENT, Ablation, Rows, Settings
 from benchmarks.ablation_training import LEARNING, RUNS, run_folder
 from common.checkpoint import save_tensors
-from common.errors import UserError
-from common.losses import diffusion_loss
-from common.progress import say
+from common.cli import UserError, say
 from common.runtime import pick_device, pick_precision, seeded_generator
 from common.schedule import NoiseSchedule
-from common.training import Batch, Trainer, loss_of
+from common.training import Batch, Trainer, diffusion_loss, loss_of
 from common.training_options import TrainingOptions
 from p1_ddpm.digits import DOMAINS, read_digits
 from p1_ddpm.evaluate import DATA, draw_sets, read_real, score

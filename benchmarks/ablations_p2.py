@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ablation_tables import ERROR, Ablation, Rows, Settings
-from common.errors import UserError
+from common.cli import UserError
 from common.runtime import pick_device
 from p2_ddim import sample
 from p2_ddim.evaluate import squared_errors

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from benchmarks.ablation_tables import Ablation, Rows, Settings, fingerprint, told
 from benchmarks.ablation_training import LEARNING, RUNS, run_folder
-from common.errors import UserError
+from common.cli import UserError, say
+from common.data import Batch
 from common.layers import zeroed
-from common.progress import say
 from common.runtime import autocast, pick_device, pick_precision, seeded_generator
-from common.training import Batch, Trainer, loss_of
+from common.training import Trainer, loss_of
 from common.training_options import TrainingOptions
 from latent_diffusion.base import Base, load_base
 from latent_diffusion.cache import encode_pairs

@@ -10,8 +10,7 @@ from torch import Tensor
 from benchmarks.ablation_tables import ERROR, Ablation, Rows, Settings, fingerprint, told
 from benchmarks.ablation_training import RUNS, run_folder
 from common.checkpoint import write_atomically
-from common.errors import UserError
-from common.progress import say
+from common.cli import UserError, say
 from common.runtime import pick_device
 from latent_diffusion.base import Base, load_base
 from latent_diffusion.drawing import draw_prompts

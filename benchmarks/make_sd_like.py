@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import save_tensors, write_atomically
-from common.errors import Parser, UserError, run
-from common.progress import progress, say
+from common.cli import Parser, UserError, progress, run, say
 from common.schedule import NoiseSchedule
 
 KEYS = Path(__file__).resolve().parent.parent / "tests" / "sd_v1_ckpt_keys.json"

@@ -23,13 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import PlainContextUNet, plain_steps
 from benchmarks.timing import matrix_product_rate, median_seconds
+from common.cli import Parser, add_json_argument, check_json, run, write_json
 from common.data import LabelledImages
-from common.errors import Parser, run
 from common.images import to_uint8
-from common.losses import diffusion_loss
-from common.results import add_json_argument, check_json, write_json
 from common.runtime import autocast, seeded_generator
 from common.schedule import NoiseSchedule
+from common.training import diffusion_loss
 from p1_ddpm.digits import DOMAINS, joint_label
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
 from p1_ddpm.sample import DigitSampler, add_sampling_arguments, make_sampler, sampling_options, wanted_digits

@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import matrix_product_rate
-from common.errors import Parser, UserError, run
+from common.cli import Parser, UserError, add_json_argument, check_json, progress, run, silenced, write_json
 from common.images import to_uint8
-from common.progress import progress, silenced
-from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from common.schedule import NoiseSchedule
 from p2_ddim.make_examples import diffusers_scheduler

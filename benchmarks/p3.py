@@ -20,10 +20,8 @@ import torch
 from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline
 from torch import Tensor
 
-from common.errors import Parser, UserError, run
+from common.cli import Parser, Progress, UserError, add_json_argument, check_json, run, silenced, write_json
 from common.images import to_uint8
-from common.progress import Progress, silenced
-from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, autocast, pick_device, pick_precision
 from latent_diffusion.base import Base, load_base
 from latent_diffusion.flags import DTYPES

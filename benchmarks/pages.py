@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.checkpoint import write_atomically
-from common.errors import UserError
+from common.cli import UserError
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -22,9 +22,7 @@ from benchmarks.projection import Assumptions, Machine, projected, training_rate
 from benchmarks.scale_tables import counted_text, measured_text
 from benchmarks.timing import median_seconds
 from benchmarks.workloads import MEASURED, WORK
-from common.errors import Parser, UserError, run
-from common.progress import progress, say
-from common.results import add_json_argument, check_json, write_json
+from common.cli import Parser, UserError, add_json_argument, check_json, progress, run, say, write_json
 from common.runtime import PRECISIONS, cpu_has_bf16, pick_precision
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scale.md"

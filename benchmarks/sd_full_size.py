@@ -22,9 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import make_sd_like
-from common.errors import Parser, UserError, run
-from common.progress import say
-from common.results import add_json_argument, check_json, write_json
+from common.cli import Parser, UserError, add_json_argument, check_json, run, say, write_json
 from common.runtime import PRECISIONS
 from p3_controlnet import fill50k
 

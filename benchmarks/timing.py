@@ -6,7 +6,7 @@ from time import perf_counter
 
 import torch
 
-from common.progress import Progress, silenced
+from common.cli import Progress, silenced
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.counting import Count, count
-from common.losses import diffusion_loss
 from common.runtime import autocast
 from common.schedule import NoiseSchedule
+from common.training import diffusion_loss
 from latent_diffusion.single_file import SD_V1
 from p1_ddpm.model import ContextUNet
 from p2_ddim.model import FaceUNet, FaceUNetConfig

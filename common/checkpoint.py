@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.cli import UserError
 
 EMA_PREFIX = "ema."
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")

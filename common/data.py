@@ -3,8 +3,8 @@
 A small data set decoded once and held as uint8 costs less than any worker process; see `benchmarks/p1.py`.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from common.errors import UserError
-from common.progress import Progress, progress
+from common.cli import Progress, UserError, progress
 from common.runtime import seeded_generator
+
+Batch = dict[str, Tensor]
 
 HELD_OUT_EVERY = 10
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -206,10 +207,29 @@ def jitter(images: Tensor, generator: torch.Generator, shift: int = 2, contrast:
     return (moved * (1 + contrast * gain) + contrast / 2 * offset).clamp(-1, 1)
 
 
-def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
-    """Several sets as one."""
-    return LabelledImages(
-        torch.cat([part.images for part in parts]),
-        torch.cat([part.labels for part in parts]),
-        [name for part in parts for name in part.names],
-    )
+class DrawnAhead:
+    """Batches by step; while the GPU works on one, a thread draws the next into pinned memory.
+
+    An error in drawing is raised at the step that it belongs to.
+
+    Args:
+        draw: from a step to its batch, on the CPU; it must depend on nothing but the step.
+        steps: how many there are; after the last one nothing is drawn ahead.
+    """
+
+    def __init__(self, draw: Callable[[int], Batch], steps: int):
+        self.draw, self.steps = draw, steps
+        self.pool = ThreadPoolExecutor(1, "batches")
+        self.waiting: dict[int, Future[Batch]] = {}
+
+    def prepare(self, step: int) -> Batch:
+        """Draw a step's batch."""
+        batch = self.draw(step)
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if torch.cuda.is_available() else batch
+
+    def __call__(self, step: int) -> Batch:
+        future = self.waiting.pop(step, None)
+        batch = future.result() if future else self.prepare(step)
+        following = step + 1
+        self.waiting = {following: self.pool.submit(self.prepare, following)} if following < self.steps else {}
+        return batch

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from common.checkpoint import write_atomically
-from common.errors import UserError
+from common.cli import UserError
 
 SAVE_RANGES = ("clamp", "minmax")
 
@@ -33,23 +33,6 @@ def to_uint8(images: Tensor, save_range: str = "clamp") -> Tensor:
     else:
         unit = (images + 1) / 2
     return (unit * 255 + 0.5).clamp(0, 255).to("cpu", torch.uint8)
-
-
-def check_finite(images: Tensor, names: Sequence[object], precision: str) -> None:
-    """Make sure that drawn images are images.
-
-    Args:
-        images: float (N, C, H, W).
-        names: of the images.
-        precision: that the network drew them in.
-
-    Raises:
-        UserError: one has NaN or infinite values.
-    """
-    finite = images.isfinite().flatten(1).all(dim=1).tolist()
-    if broken := [name for name, whole in zip(names, finite) if not whole]:
-        mend = "choose bf16 or fp32" if precision == "fp16" else "name other weights"
-        raise UserError(f"{broken[0]}: drawn in {precision} it is not finite; {mend}")
 
 
 def to_pil(image: Tensor) -> Image.Image:

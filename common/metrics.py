@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.cli import UserError
 
 
 def matrices(first: Tensor, second: Tensor, least: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.cli import UserError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 

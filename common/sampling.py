@@ -1,24 +1,28 @@
-"""Drawing images: guidance, one reverse step per method, and the loop that yields every xt.
+"""From noise to images: the denoiser, one reverse step per method, the loop over steps, and drawing in batches.
 
-    xt at t  --network-->  output  --schedule-->  (x0, eps)  --method-->  xt at the next, smaller t
+    network --Denoiser--> (xt, t) -> (x0, eps) --reverse_process--> every xt --draw_in_batches--> images
 
 All arithmetic on xt is in xt's own dtype (fp32 or fp64) with coefficients computed in float64, whatever precision the
 network runs in.
 """
 
 import math
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from common.cli import Progress, UserError
 from common.runtime import seeded_generator
 from common.schedule import NoiseSchedule
 
 METHODS = ("ddpm", "ddim", "dpm-solver++")
-Denoiser = Callable[[Tensor, int], Tensor]
+Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+Item = TypeVar("Item")
 
 
 class ImageNoise:
@@ -39,35 +43,61 @@ class ImageNoise:
         return torch.stack(drawn).to(device)
 
 
-def guided(
-    network: Callable[..., Tensor],
-    condition: Mapping[str, Tensor],
-    null_condition: Mapping[str, Tensor],
-    guidance_scale: float,
-    interval: tuple[float, float] = (0, math.inf),
-) -> Denoiser:
-    """Classifier-free guidance as a function of (xt, t) (Ho and Salimans 2022, equation 6).
+@dataclass
+class Denoiser:
+    """A network as a function (xt, t) -> (x0, eps): guidance, prediction type and clipping are inside.
 
-    output = uncond + s (cond - uncond), with s = `guidance_scale`; the paper's w is s - 1. The formula is linear, so it
-    means the same for eps, x0 and v. Both halves go through the network in one batch; at s = 1, and outside the
-    interval, only the conditional half is computed.
+    Classifier-free guidance (Ho and Salimans 2022, equation 6) is output = uncond + s (cond - uncond), with
+    s = `guidance_scale`; the paper's w is s - 1. The formula is linear, so it means the same for eps, x0 and v. Both
+    halves go through the network in one batch; at s = 1, and outside the interval, only the conditional half is
+    computed. No gradients are kept.
 
     Args:
-        network: called as network(xt, t, **condition).
+        network: called as network(xt, t, **condition), with t an int64 tensor (N,).
+        schedule: the schedule that the network was trained with.
+        prediction: what the network predicts: eps, x0 or v.
         condition: tensors with first dimension N, one row an image.
-        null_condition: the same, for "no condition".
+        null_condition: the same rows for "no condition"; needed for guidance.
         guidance_scale: s; 1 turns guidance off.
-        interval: guide only at timesteps low <= t <= high (Kynkaanniemi et al. 2024).
+        guidance_interval: guide only at timesteps low <= t <= high (Kynkaanniemi et al. 2024).
+        clip_x0: clamp the predicted x0 to [-1, 1].
+        use_clipped_model_output: derive eps again from the clamped x0. DDPM's posterior mean is defined by (x0, xt), so
+            "ddpm" needs it; so does DDIM with strong guidance, where an eps that belongs to an x0 far out of range
+            drives xt away from what the network knows. Named as in diffusers' `DDIMScheduler.step`.
     """
-    both = {name: torch.cat([null_condition[name], rows]) for name, rows in condition.items()}
 
-    def denoise(xt: Tensor, t: int) -> Tensor:
-        if guidance_scale == 1 or not interval[0] <= t <= interval[1]:
-            return network(xt, torch.full((len(xt),), t, device=xt.device), **condition)
-        uncond, cond = network(torch.cat([xt, xt]), torch.full((2 * len(xt),), t, device=xt.device), **both).chunk(2)
-        return uncond + guidance_scale * (cond - uncond)
+    network: Callable[..., Tensor]
+    schedule: NoiseSchedule
+    prediction: str
+    condition: Mapping[str, Tensor] = field(default_factory=dict)
+    null_condition: Mapping[str, Tensor] | None = None
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0, math.inf)
+    clip_x0: bool = True
+    use_clipped_model_output: bool = False
 
-    return denoise
+    def __post_init__(self):
+        if self.guidance_scale != 1:
+            self.both = {name: torch.cat([self.null_condition[name], rows]) for name, rows in self.condition.items()}
+
+    @torch.no_grad()
+    def __call__(self, xt: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        x0, eps = self.schedule.x0_and_eps(self.guided(xt, t).to(xt.dtype), xt, t, self.prediction)
+        if self.clip_x0:
+            x0 = x0.clamp(-1, 1)
+            if self.use_clipped_model_output:
+                signal, noise = self.schedule.coefficients(t, xt)
+                eps = (xt - signal * x0) / noise
+        return x0, eps
+
+    def guided(self, xt: Tensor, t: int) -> Tensor:
+        """The network's output at one timestep, with guidance where it is on."""
+        low, high = self.guidance_interval
+        if self.guidance_scale == 1 or not low <= t <= high:
+            return self.network(xt, torch.full((len(xt),), t, device=xt.device), **self.condition)
+        timesteps = torch.full((2 * len(xt),), t, device=xt.device)
+        uncond, cond = self.network(torch.cat([xt, xt]), timesteps, **self.both).chunk(2)
+        return uncond + self.guidance_scale * (cond - uncond)
 
 
 def ddim_step(
@@ -126,33 +156,25 @@ class Step(NamedTuple):
 
 
 def reverse_process(
-    denoise: Denoiser,
+    denoise: Denoise,
     schedule: NoiseSchedule,
     xt: Tensor,
     timesteps: Sequence[int],
-    prediction: str,
     method: str = "ddim",
     eta: float = 0.0,
     noise: ImageNoise | None = None,
-    clip_x0: bool = True,
-    use_clipped_model_output: bool = False,
     final_alpha: str = "one",
 ) -> Iterator[Step]:
     """Walk from noise to image, yielding every step; the last one's xt is the result.
 
     Args:
-        denoise: network output from (xt, t); see `guided`.
+        denoise: (xt, t) -> (x0, eps); see `Denoiser`.
         schedule: the schedule that the network was trained with.
         xt: starting noise (N, C, H, W), float32 or float64.
         timesteps: decreasing; see `NoiseSchedule.timesteps`.
-        prediction: what the network predicts: eps, x0 or v.
         method: "ddpm" (ancestral sampling, Ho et al. 2020, algorithm 2), "ddim", or "dpm-solver++".
         eta: DDIM's share of fresh noise; "ddpm" is 1 by definition and "dpm-solver++" has none.
         noise: where fresh noise comes from; needed when eta > 0.
-        clip_x0: clamp the predicted x0 to [-1, 1]. "ddpm" then derives eps again from the clamped x0, as its
-            posterior mean is defined by (x0, xt); "ddim" keeps the network's eps.
-        use_clipped_model_output: "ddim" derives eps again too. With strong guidance it must: an eps that belongs to
-            an x0 far out of range drives xt away from what the network knows, the more so the more steps there are.
         final_alpha: what alphas_cumprod becomes after the last timestep: "one", or "first" for alphas_cumprod[0].
 
     Raises:
@@ -168,12 +190,7 @@ def reverse_process(
     previous_x0 = None
     for i, t in enumerate(timesteps):
         now, following = alpha_bars[i], alpha_bars[i + 1]
-        output = denoise(xt, t).to(xt.dtype)
-        x0, eps = schedule.x0_and_eps(output, xt, t, prediction)
-        if clip_x0:
-            x0 = x0.clamp(-1, 1)
-            if method == "ddpm" or use_clipped_model_output:
-                eps = (xt - math.sqrt(now) * x0) / math.sqrt(1 - now)
+        x0, eps = denoise(xt, t)
         if method == "dpm-solver++":
             # The step to a clean image is first-order: half log-SNR is infinite there.
             second_order = previous_x0 if following < 1 else None
@@ -186,5 +203,78 @@ def reverse_process(
 
 
 def draw(*args, **options) -> Tensor:
-    """The result of `reverse_process`, without its way there."""
+    """The result of `reverse_process`, without the steps that lead there."""
     return deque(reverse_process(*args, **options), maxlen=1).pop().xt
+
+
+class NotFinite(UserError):
+    """Drawn images have NaN or infinite values: half precision overflowed, or the weights are broken."""
+
+
+def check_finite(images: Tensor, names: Iterable[object], precision: str) -> None:
+    """Check that drawn images are images.
+
+    Args:
+        images: float (N, C, H, W).
+        names: of the images, for the complaint.
+        precision: that the network ran in: "fp32", "bf16" or "fp16".
+
+    Raises:
+        NotFinite: one has NaN or infinite values.
+    """
+    finite = images.isfinite().flatten(1).all(dim=1).tolist()
+    if broken := [name for name, whole in zip(names, finite) if not whole]:
+        mend = "choose bf16 or fp32" if precision == "fp16" else "name other weights"
+        raise NotFinite(f"{broken[0]}: drawn in {precision} it is not finite; {mend}")
+
+
+def draw_in_batches(
+    items: Sequence[Item],
+    walk: Callable[[Sequence[Item]], Iterable[Step]],
+    finish: Callable[[Sequence[Item], Tensor], Tensor],
+    *,
+    batch_size: int,
+    steps: int,
+    to_fp32: Callable[[], bool] | None = None,
+) -> Iterator[tuple[Item, Tensor]]:
+    """Draw items in batches that fit the memory; yields each with its image, in their order.
+
+    A batch that does not fit the GPU's memory is halved, and so are those after it. A batch whose images are not finite
+    is drawn again if `to_fp32` could change the networks' precision.
+
+    Args:
+        items: what to draw, one an image.
+        walk: from a batch of items to the steps of its reverse process.
+        finish: from a batch and its last xt to the images, (N, ...); raises `NotFinite`, see `check_finite`.
+        batch_size: images at a time, at most.
+        steps: of the reverse process, for the progress.
+        to_fp32: turns the networks to fp32; returns False if they are in fp32 already.
+
+    Raises:
+        UserError: a single image does not fit the memory, or is not finite.
+    """
+    start = 0
+    with Progress(len(items) * steps, "images", "step") as phase:
+        while start < len(items):
+            batch, began = items[start : start + batch_size], phase.n
+            try:
+                for step in walk(batch):  # noqa: B007, the last one is wanted
+                    phase.update(len(batch))
+                images = finish(batch, step.xt)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    mend = "choose --precision bf16 or fp16, or smaller images"
+                    raise UserError(f"one image does not fit the GPU's memory; {mend}") from None
+                batch_size = len(batch) // 2
+                print(f"warning: the GPU's memory is full; going on with --batch-size {batch_size}", file=sys.stderr)
+            except NotFinite:
+                if to_fp32 is None or not to_fp32():
+                    raise
+                print("warning: half precision overflows; drawing in fp32 from here on", file=sys.stderr)
+            else:
+                yield from zip(batch, images)
+                start += len(batch)
+                continue
+            phase.update(began - phase.n)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()

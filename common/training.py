@@ -1,15 +1,13 @@
 """The loop every model here is trained with: accelerate for devices and precision, EMA, exact resume, logs.
 
 Nothing random is carried from step to step: batch, noise and dropout of a step are drawn from generators keyed by
-(seed, step). A run that was killed and resumed therefore takes the very same steps as one that was not, and a step
-sees the same batch however many processes share it.
+(seed, step). A run that was killed and resumed therefore takes exactly the steps of one that was not, and a step sees
+the same batch however many processes share it.
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,17 +16,39 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.ahead import Batch, DrawnAhead
-from common.checkpoint import EMA_PREFIX, load_strictly, load_tensors, remove_unfinished, save_tensors
-from common.errors import UserError
+from common.checkpoint import half, remove_unfinished, save_tensors
+from common.cli import Progress, UserError, say
+from common.data import Batch, DrawnAhead
 from common.images import check_output_folder
-from common.optimizing import PagedAdamW, average_model
-from common.progress import Progress, say
-from common.run_log import RunLog
 from common.runtime import pick_device, pick_precision, seeded_generator
+from common.schedule import NoiseSchedule
 from common.training_options import TrainingOptions, learning_rate
+from common.training_state import RunLog, TrainingState
 
-MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
+
+def diffusion_loss(
+    network: Callable[..., Tensor],
+    batch: Mapping[str, Tensor],
+    schedule: NoiseSchedule,
+    prediction: str,
+    gamma: float,
+) -> Tensor:
+    """Mean squared error of the prediction, each image weighted by min-SNR (Hang et al. 2023).
+
+    Args:
+        network: called as network(xt, t, **condition).
+        batch: `x0` in [-1, 1] and `eps`, both (N, C, H, W), and timesteps `t` (N,); all else in it is the condition.
+        schedule: noises x0.
+        prediction: what the network is to predict: eps, x0 or v.
+        gamma: cap of the signal-to-noise ratio in the weights; 0 leaves the error unweighted.
+    """
+    condition = dict(batch)
+    x0, eps, t = (condition.pop(name) for name in ("x0", "eps", "t"))
+    output = network(schedule.add_noise(x0, eps, t), t, **condition).float()
+    error = (output - schedule.target(x0, eps, t, prediction)).square().mean(dim=(1, 2, 3))
+    if gamma:
+        error = error * schedule.min_snr_weight(t, prediction, gamma)
+    return error.mean()
 
 
 def loss_of(batch: Batch, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> Callable[[nn.Module], Tensor]:
@@ -41,10 +61,15 @@ def loss_of(batch: Batch, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> Call
     return loss
 
 
+def save_half(path: Path) -> Callable[[nn.Module, dict[str, Any]], None]:
+    """What `Trainer.finish` takes to write the EMA weights to one safetensors file in fp16."""
+    return lambda averaged, facts: save_tensors(path, half(averaged.state_dict()), facts)
+
+
 class Trainer:
     """One training run in one folder; running the same command again goes on where it stopped.
 
-    Several processes share a run when `accelerate launch` starts them; all must see the same folder.
+    Several processes share a run when `torchrun` or `accelerate launch` starts them; all must see the same folder.
 
     Args:
         model: the network; its parameters that require gradients are trained.
@@ -56,8 +81,8 @@ class Trainer:
         loss_fn: (model, batch) -> mean loss of the batch, a scalar.
         validate: EMA model -> validation loss; None for no validation.
         sample: EMA model -> uint8 picture (3, H, W) of samples; None for no pictures.
-        notes: how the run was made beyond its options; checkpoints carry both, and a resumed run may change them.
         measure: EMA model -> further numbers to log with every validation loss; None for none.
+        notes: how the run was made beyond its options; checkpoints carry both, and a resumed run may change them.
 
     Attributes:
         averaged: the EMA model, in eval mode; with --offload it lies in main memory.
@@ -69,6 +94,7 @@ class Trainer:
 
     def __init__(
         self,
+        *,
         model: nn.Module,
         options: TrainingOptions,
         folder: Path,
@@ -77,12 +103,10 @@ class Trainer:
         loss_fn: Callable[[nn.Module, Batch], Tensor],
         validate: Callable[[nn.Module], Tensor] | None = None,
         sample: Callable[[nn.Module], Tensor] | None = None,
-        notes: Mapping[str, Any] | None = None,
         measure: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        notes: Mapping[str, Any] | None = None,
     ):
         self.options, self.folder = options, Path(folder)
-        # As they read back from a checkpoint, where tuples are lists.
-        self.about, self.notes = json.loads(json.dumps([about, asdict(options) | (notes or {})]))
         self.make_batch, self.loss_fn = make_batch, loss_fn
         self.validate, self.sample, self.measure = validate, sample, measure
         check_output_folder(self.folder)
@@ -106,71 +130,18 @@ class Trainer:
         self.batch_of = DrawnAhead(self.draw_batch, options.steps) if on_cuda else self.draw_batch
         # channels_last is what tensor cores and oneDNN want for convolutions.
         self.model = model.to(self.accelerator.device, memory_format=torch.channels_last)
-        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        optimizer = PagedAdamW if options.offload else torch.optim.AdamW
-        self.raw_optimizer = optimizer(self.trained.values(), options.lr, weight_decay=options.weight_decay, fused=True)
-        self.ema = average_model(self.model, options.ema)
-        self.averaged = self.ema.module.to("cpu") if options.offload else self.ema.module
-        self.step, self.best = 0, math.inf
-        if states := self.states():
-            self.resume(states[-1])
+        self.state = TrainingState(self.model, options, self.folder, about, notes or {})
+        self.state.resume(self.accelerator.scaler)
         runnable = torch.compile(self.model) if options.compile else self.model
-        self.runnable, self.optimizer = self.accelerator.prepare(runnable, self.raw_optimizer)
+        self.runnable, self.optimizer = self.accelerator.prepare(runnable, self.state.optimizer)
 
-    def states(self) -> list[Path]:
-        """Training states in the folder, oldest first."""
-        return sorted(self.folder.glob("state_*.safetensors"))
+    @property
+    def step(self) -> int:
+        return self.state.step
 
-    def save(self) -> None:
-        """Write the whole training state as one file; keep the last two."""
-        state = {MODEL_PREFIX + name: tensor for name, tensor in self.model.state_dict().items()}
-        state |= {EMA_PREFIX + name: tensor for name, tensor in self.averaged.state_dict().items()}
-        for name, parameter in self.trained.items():
-            for key, value in self.raw_optimizer.state[parameter].items():
-                state[f"{OPTIMIZER_PREFIX}{name}.{key}"] = value
-        scaler = self.accelerator.scaler
-        run = {"step": self.step, "best": self.best, "scaler": scaler.state_dict() if scaler else None}
-        path = self.folder / f"state_{self.step:08d}.safetensors"
-        save_tensors(path, state, self.about | run | {"training": self.notes})
-        for old in self.states()[:-2]:
-            old.unlink()
-
-    def resume(self, path: Path) -> None:
-        """Take over a state that `save` wrote, and say where the run goes on and with which changed options.
-
-        Raises:
-            UserError: the state is another model's, or from after this run's last step.
-        """
-        tensors, about = load_tensors(path)
-        for name, fact in self.about.items():
-            if about.get(name) != fact:
-                raise UserError(f"{path}: its {name} is not this run's; choose another --out, or remove its states")
-        self.step, self.best = about["step"], about["best"]
-        if self.step > self.options.steps:
-            raise UserError(f"{path}: is past --steps {self.options.steps}; raise it, or choose another --out")
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-        load_strictly(self.model, under(MODEL_PREFIX), str(path))
-        load_strictly(self.averaged, under(EMA_PREFIX), str(path))
-        state = self.raw_optimizer.state_dict()
-        for index, (name, parameter) in enumerate(self.trained.items()):
-            # The fused optimizer walks raw memory, so moments must lie in memory as their parameter does.
-            moments = under(f"{OPTIMIZER_PREFIX}{name}.").items()
-            state["state"][index] = {
-                key: torch.empty_like(parameter).copy_(t) if t.shape == parameter.shape else t for key, t in moments
-            }
-        self.raw_optimizer.load_state_dict(state)
-        self.ema.n_averaged.fill_(self.step)
-        if self.accelerator.scaler and about["scaler"]:
-            self.accelerator.scaler.load_state_dict(about["scaler"])
-        changes = [
-            f"{name} {before} -> {now}"
-            for name, now in self.notes.items()
-            if (before := about["training"].get(name)) != now
-        ]
-        say(f"resuming {path}{' with ' * bool(changes)}{', '.join(changes)}")
+    @property
+    def averaged(self) -> nn.Module:
+        return self.state.averaged
 
     def draw_batch(self, step: int) -> Batch:
         """The batch of a step, on the CPU: the same however often and in whatever order they are asked for."""
@@ -183,7 +154,7 @@ class Trainer:
         batch = self.batch_of(self.step)
         dropout = seeded_generator(options.seed, 4, self.step, accelerator.process_index)
         torch.manual_seed(dropout.initial_seed())
-        for group in self.raw_optimizer.param_groups:
+        for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate(options, self.step)
         losses = []
         for micro in range(options.accumulate):
@@ -201,8 +172,8 @@ class Trainer:
                     self.stop_unless_finite(mean, norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        self.step += 1
-        self.ema.update_parameters(self.model)
+        self.state.step += 1
+        self.state.ema.update_parameters(self.model)
         return mean, norm
 
     def stop_unless_finite(self, loss: float, norm: float) -> None:
@@ -250,11 +221,22 @@ class Trainer:
                 if self.sample and self.due(options.sample_every):
                     self.draw_samples()
                 if self.due(options.save_every):
-                    self.save()
+                    self.state.save(self.accelerator.scaler)
         if main:
             self.log.close()
         self.accelerator.wait_for_everyone()
         return self.averaged
+
+    def finish(self, write: Callable[[nn.Module, dict[str, Any]], None]) -> None:
+        """Train to the end, then write the result in the main process: write(EMA model, facts about it).
+
+        Raises:
+            UserError: as `run`.
+        """
+        averaged = self.run()
+        if self.accelerator.is_main_process:
+            write(averaged, self.facts())
+        self.accelerator.end_training()
 
     @contextlib.contextmanager
     def averaged_at_hand(self) -> Iterator[nn.Module]:
@@ -273,7 +255,7 @@ class Trainer:
     def facts(self, validation_loss: float | None = None) -> dict[str, Any]:
         """What the averaged weights are saved with; without a validation loss it is taken now."""
         loss = self.validation_loss() if validation_loss is None else validation_loss
-        return self.about | {"step": self.step, "training": self.notes, "validation_loss": loss}
+        return self.state.about | {"step": self.step, "training": self.state.notes, "validation_loss": loss}
 
     def report(self, training_loss: float, phase: Progress) -> None:
         """Log how good the averaged model is; beside a bar that is not shown, print it."""
@@ -290,8 +272,8 @@ class Trainer:
 
     def keep_best(self, loss: float) -> None:
         """Write the averaged weights as `best.safetensors` if this validation loss is the lowest."""
-        if loss < self.best:
-            self.best = loss
+        if loss < self.state.best:
+            self.state.best = loss
             save_tensors(self.folder / "best.safetensors", self.averaged.state_dict(), self.facts(loss))
 
     def draw_samples(self) -> None:

@@ -2,19 +2,13 @@
 
 import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
 
-from common.errors import UserError
+from common.cli import add_options, check, option, options_from
 from common.runtime import PRECISIONS
 
 FOR_LARGE = ("offload",)
-
-
-def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A field of `TrainingOptions` that knows how to be a flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+EVERY = ("save_every", "validate_every", "sample_every", "log_every")
 
 
 @dataclass(frozen=True)
@@ -27,12 +21,12 @@ class TrainingOptions:
     lr: float = option(5e-4, "peak learning rate of AdamW")
     weight_decay: float = option(0.01, "of AdamW")
     warmup: int = option(200, "steps over which the learning rate rises")
-    decay: str = option("linear", "shape of the learning rate's way to near zero", ("linear", "cosine"))
+    decay: str = option("linear", "shape of the learning rate's way to near zero", choices=("linear", "cosine"))
     decay_fraction: float = option(0.5, "part of the run, at its end, over which the learning rate decays")
     clip: float = option(1.0, "largest gradient norm")
     ema: float = option(0.999, "decay of the averaged weights, once warmed up")
     seed: int = option(0, "of the initial weights, the data order and the noise")
-    precision: str = option("auto", "of the network; auto: bf16 on a CPU that has it, else fp32", PRECISIONS)
+    precision: str = option("auto", "of the network; auto: bf16 on a CPU that has it, else fp32", choices=PRECISIONS)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps; for several GPUs use accelerate launch")
     offload: bool = option(False, "keep averaged weights and AdamW's moments off the GPU: less of its memory, slower")
     compile: bool = option(False, "torch.compile the network: a minute to start, then faster")
@@ -45,18 +39,9 @@ class TrainingOptions:
 def add_training_arguments(parser: argparse.ArgumentParser, large: bool = False, **defaults) -> None:
     """Add a flag for every field of `TrainingOptions`; `defaults` are this problem's own.
 
-    Flags that only a model needs that hardly fits a GPU are there where it is `large`.
+    Flags that help only models that hardly fit a GPU are added where it is `large`.
     """
-    group = parser.add_argument_group("training")
-    for item in fields(TrainingOptions):
-        if item.name in FOR_LARGE and not large:
-            continue
-        facts = {"default": defaults.get(item.name, item.default), "help": item.metadata["help"]}
-        if item.type is bool:
-            facts["action"] = argparse.BooleanOptionalAction
-        else:
-            facts |= {"type": item.type, "choices": item.metadata["choices"]}
-        group.add_argument("--" + item.name.replace("_", "-"), **facts)
+    add_options(parser.add_argument_group("training"), TrainingOptions, () if large else FOR_LARGE, **defaults)
 
 
 def training_options(args: argparse.Namespace) -> TrainingOptions:
@@ -65,21 +50,13 @@ def training_options(args: argparse.Namespace) -> TrainingOptions:
     Raises:
         UserError: a value is out of its range.
     """
-    given = {item.name: getattr(args, item.name) for item in fields(TrainingOptions) if hasattr(args, item.name)}
-    options = TrainingOptions(**given)
-
-    def check(name: str, fine: bool, range_: str) -> None:
-        if not fine:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be {range_}")
-
-    for name in ("steps", "batch_size", "accumulate", "lr", "clip"):
-        check(name, getattr(options, name) > 0, "above 0")
-    for name in ("save_every", "validate_every", "sample_every", "log_every"):
-        check(name, getattr(options, name) > 0, "above 0")
+    options = options_from(args, TrainingOptions)
+    for name in ("steps", "batch_size", "accumulate", "lr", "clip", *EVERY):
+        check(name, getattr(options, name), getattr(options, name) > 0, "above 0")
     for name in ("seed", "warmup", "weight_decay"):
-        check(name, getattr(options, name) >= 0, "at least 0")
-    check("decay_fraction", 0 <= options.decay_fraction <= 1, "between 0 and 1")
-    check("ema", 0 <= options.ema < 1, "at least 0 and below 1")
+        check(name, getattr(options, name), getattr(options, name) >= 0, "at least 0")
+    check("decay_fraction", options.decay_fraction, 0 <= options.decay_fraction <= 1, "between 0 and 1")
+    check("ema", options.ema, 0 <= options.ema < 1, "at least 0 and below 1")
     return options
 
 

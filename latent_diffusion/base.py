@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from common.errors import UserError
+from common.cli import UserError
 from common.schedule import NoiseSchedule
 from latent_diffusion.prompts import prompt_tokens
 from latent_diffusion.single_file import SD_V1, read_stable_diffusion

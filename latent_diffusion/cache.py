@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoint import load_about, load_tensors, remove_unfinished, save_tensors
+from common.cli import UserError, progress
 from common.data import to_unit_range
-from common.errors import UserError
-from common.progress import progress
 from latent_diffusion.base import Base
 from latent_diffusion.pairs import Pair, locate, read_hints
 

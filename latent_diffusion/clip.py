@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from common.errors import UserError
-from common.progress import progress
+from common.cli import UserError, progress
 from common.runtime import autocast
 from latent_diffusion.base import quiet
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import Parser
+from common.cli import Parser
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from latent_diffusion.base import Base, load_base
 from latent_diffusion.single_file import cache_folder

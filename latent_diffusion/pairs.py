@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.cli import UserError
 from common.data import read_image
-from common.errors import UserError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 Field = Literal["source", "target"]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from common.checkpoint import UNFINISHED
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.base import PREDICTIONS, SCHEDULES, Base, quiet
 
 

@@ -20,8 +20,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from common.checkpoint import load_strictly, save_tensors
-from common.errors import UserError
-from common.progress import say
+from common.cli import UserError, say
 from latent_diffusion.conversion import original_text_names, original_unet_names, original_vae_names
 from latent_diffusion.weights_file import (
     CONTROL,

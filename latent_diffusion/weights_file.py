@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import load_about, load_pt, opened
-from common.errors import UserError
+from common.cli import UserError
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 CONTROL = "control_model."

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from common.cli import UserError
 from common.data import LabelledImages, read_csv_images
-from common.errors import UserError
 
 DOMAINS = {"mnistm": 10, "svhn": 10}
 # Which digits each domain's folder holds in a year's edition of the course.

@@ -19,12 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from common.checkpoint import load_tensors, save_tensors
+from common.cli import Parser, UserError, add_json_argument, check_json, progress, run
 from common.data import LabelledImages, read_image
-from common.errors import Parser, UserError, run
 from common.images import check_output_folder, save_png
 from common.metrics import all_distances
-from common.progress import progress
-from common.results import add_json_argument, check_json
 from common.runtime import seeded_generator
 from p1_ddpm.digits import DOMAINS, LAYOUTS, read_digits
 from p1_ddpm.judge import (

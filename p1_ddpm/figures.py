@@ -14,10 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from common.cli import Parser, Progress, UserError, run, say
 from common.data import LabelledImages
-from common.errors import Parser, UserError, run
 from common.images import captioned, grid, save_gif, save_png, staged, to_uint8
-from common.progress import Progress, say
 from common.sampling import Step, reverse_process
 from p1_ddpm.digits import DOMAINS, LAYOUTS, read_digits
 from p1_ddpm.sample import Digit, DigitSampler, add_sampling_arguments, make_sampler, sampling_options

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.checkpoint import half, load_model_file, load_pt, load_strictly, save_tensors
+from common.cli import UserError, progress
 from common.data import LabelledImages, jitter, shuffled_indices, to_unit_range
-from common.errors import UserError
-from common.progress import progress
 from common.training_options import TrainingOptions
 
 IMAGE_SIZE = 28

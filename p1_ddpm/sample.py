@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import load_model_file, load_strictly
-from common.errors import Parser, UserError, run
+from common.cli import Parser, Progress, UserError, run, say
 from common.images import check_finite, clear_way, staged, to_pil, to_uint8
-from common.progress import Progress, say
 from common.runtime import PRECISIONS, Processes, autocast, pick_device, pick_precision
 from common.sampling import METHODS, ImageNoise, draw, guided
 from common.schedule import NoiseSchedule

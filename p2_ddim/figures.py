@@ -15,9 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from common.errors import Parser, UserError, run
+from common.cli import Parser, UserError, progress, run, say
 from common.images import captioned, grid, save_gif, save_png, staged
-from common.progress import progress, say
 from p2_ddim.interpolate import draw_interpolations, enlargement, walk
 from p2_ddim.noise import Noise, named, random_noises
 from p2_ddim.sample import HERE, add_sampling_arguments, add_source_arguments, ddim_options, noises_for, sampler_from

@@ -18,10 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from common.errors import Parser, UserError, run
+from common.cli import Parser, UserError, add_json_argument, check_json, run, say, write_json
 from common.images import captioned, grid, save_gif, save_png, staged
-from common.progress import say
-from common.results import add_json_argument, check_json, write_json
 from common.runtime import seeded_generator
 from p2_ddim.noise import Noise, named
 from p2_ddim.sample import HERE, add_sampling_arguments, add_source_arguments, ddim_options, noises_for, sampler_from

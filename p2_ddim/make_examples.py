@@ -20,9 +20,8 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from common.checkpoint import half, load_model_file, save_tensors, write_atomically
-from common.errors import Parser, UserError, run
+from common.cli import Parser, UserError, progress, run, say
 from common.images import staged
-from common.progress import progress, say
 from common.schedule import NoiseSchedule
 from p2_ddim.model import FaceUNet, load_face_unet
 from p2_ddim.noise import Noise, random_noises, read_noises

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.checkpoint import load_about, load_model_file, load_pt, load_strictly, load_tensors
-from common.errors import UserError
+from common.cli import UserError
 from common.layers import group_norm, zeroed
 from common.schedule import NoiseSchedule
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import load_pt, load_tensors
-from common.errors import UserError
+from common.cli import UserError
 from common.sampling import ImageNoise
 
 SUFFIXES = (".pt", ".pth", ".safetensors")

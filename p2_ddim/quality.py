@@ -18,12 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoint import load_pt, load_strictly, write_atomically
+from common.cli import Parser, UserError, add_json_argument, check_json, progress, run, write_json
 from common.data import read_folder_images, to_unit_range
-from common.errors import Parser, UserError, run
 from common.images import captioned, grid, save_png, staged
 from common.metrics import all_distances, nearest
-from common.progress import progress
-from common.results import add_json_argument, check_json, write_json
 from common.runtime import seeded_generator
 from p2_ddim.noise import random_noises
 from p2_ddim.sample import HERE, WEIGHTS, add_sampling_arguments, ddim_options, sampler_from

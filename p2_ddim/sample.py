@@ -12,9 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import Parser, run
+from common.cli import Parser, run, say
 from common.images import SAVE_RANGES, staged, to_pil
-from common.progress import say
 from common.runtime import PRECISIONS, pick_device
 from common.schedule import SPACINGS
 from p2_ddim.model import load_face_unet

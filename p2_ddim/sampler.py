@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.cli import Progress, UserError
 from common.images import check_finite, to_uint8
-from common.progress import Progress
 from common.runtime import autocast
 from common.sampling import ImageNoise, reverse_process
 from common.schedule import NoiseSchedule

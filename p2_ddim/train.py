@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoint import half, save_tensors, start_from
+from common.cli import Parser, UserError, run
 from common.data import (
     HELD_OUT_EVERY,
     LabelledImages,
@@ -25,13 +26,11 @@ from common.data import (
     stratified_timesteps,
     to_unit_range,
 )
-from common.errors import Parser, UserError, run
 from common.images import grid, to_uint8
-from common.losses import diffusion_loss
 from common.runtime import seeded_generator
 from common.sampling import ImageNoise, draw
 from common.schedule import PREDICTIONS, SCHEDULES, NoiseSchedule
-from common.training import Batch, Trainer, loss_of
+from common.training import Batch, Trainer, diffusion_loss, loss_of
 from common.training_options import add_training_arguments, training_options
 from p2_ddim.model import FaceUNet, FaceUNetConfig
 

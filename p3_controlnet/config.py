@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.cli import UserError
 
 # What some diffusers models have and this one has not, with the value that means "absent".
 ABSENT = {

@@ -21,10 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from common.cli import Parser, add_json_argument, check_json, progress, run, write_json
 from common.data import read_image
-from common.errors import Parser, run
-from common.progress import progress
-from common.results import add_json_argument, check_json, write_json
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, colour_named, rgb_to_lab
 from latent_diffusion.miniature.depth import median_colour

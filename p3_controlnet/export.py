@@ -11,8 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.checkpoint import half, save_tensors
-from common.errors import Parser, UserError, run
-from common.progress import say
+from common.cli import Parser, UserError, run, say
 from latent_diffusion.conversion import original_unet_names
 from latent_diffusion.weights_file import CONTROL
 from p3_controlnet.config import ControlNetConfig

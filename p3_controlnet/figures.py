@@ -17,9 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.errors import Parser, UserError, run
+from common.cli import Parser, UserError, progress, run, say
 from common.images import captioned, grid, save_png, staged
-from common.progress import progress, say
 from latent_diffusion.pairs import Pair, read_hints, read_pairs
 from p3_controlnet.make_examples import TWO
 from p3_controlnet.model import ControlNet, check_fit

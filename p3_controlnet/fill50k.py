@@ -14,9 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image
 
-from common.errors import Parser, UserError, run
+from common.cli import Parser, Progress, UserError, run, say
 from common.images import staged
-from common.progress import Progress, say
 from latent_diffusion.miniature.scenes import draw_hint, draw_target, random_scenes
 
 SMALLEST = 32  # pixels

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image
 
-from common.errors import Parser, run
+from common.cli import Parser, run
 from common.images import staged
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_hint, draw_target, random_scenes
 

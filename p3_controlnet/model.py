@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from common.checkpoint import half, load_model_file, load_strictly, load_tensors, save_tensors, write_atomically
-from common.errors import UserError
+from common.cli import UserError
 from common.layers import zeroed
 from latent_diffusion.base import Base
 from latent_diffusion.conversion import original_unet_names

@@ -11,9 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import Parser, UserError, run
+from common.cli import Parser, UserError, run, say
 from common.images import staged, to_pil
-from common.progress import say
 from latent_diffusion.flags import GUIDANCE_SCALE, add_drawing_flags, base_from
 from latent_diffusion.pairs import read_hints, read_pairs, readable_pairs
 from p3_controlnet.model import ControlNet, check_fit

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.cli import Progress, UserError
 from common.images import to_uint8
-from common.progress import Progress
 from common.sampling import ImageNoise, guided, reverse_process
 from latent_diffusion.base import Base, quiet
 from latent_diffusion.flags import GUIDANCE_SCALE

@@ -20,12 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
+from common.cli import Parser, UserError, run
 from common.data import shuffled_indices, stratified_timesteps
-from common.errors import Parser, UserError, run
-from common.losses import diffusion_loss
 from common.runtime import pick_device, pick_precision, seeded_generator
 from common.schedule import NoiseSchedule
-from common.training import Batch, Trainer
+from common.training import Batch, Trainer, diffusion_loss
 from common.training_options import TrainingOptions, add_training_arguments, training_options
 from latent_diffusion.base import Base, load_base, quiet
 from latent_diffusion.cache import Cache, encode_pairs

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.data import Batch
 from common.images import grid, to_uint8
 from common.sampling import ImageNoise, draw, guided
-from common.training import Batch
 from latent_diffusion.base import Base
 from latent_diffusion.miniature.regions import circle_regions, deepest, hint_regions, intersection_over_union, region_at
 from p3_controlnet.unet import ControlledUNet

@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from common.errors import Parser, UserError, run
+from common.cli import Parser, UserError, run, say
 from common.images import save_png, staged
-from common.progress import say
 from common.runtime import seeded_generator
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab

@@ -25,10 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from torch import Tensor
 
+from common.cli import Parser, UserError, add_json_argument, check_json, progress, run, write_json
 from common.data import IMAGE_SUFFIXES, read_image
-from common.errors import Parser, UserError, run
-from common.progress import progress
-from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature.discs import NEAR, concept_colour, disc_difference, shown_colours

@@ -22,9 +22,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from common.errors import Parser, UserError, run
+from common.cli import Parser, UserError, progress, run, say
 from common.images import captioned, grid, save_png, staged
-from common.progress import progress, say
 from latent_diffusion.base import Base
 from latent_diffusion.miniature.discs import concept_colour, shown_colours
 from p3_personalization.evaluate import read_references

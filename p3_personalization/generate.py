@@ -20,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from common.errors import Parser, UserError, run
+from common.cli import Parser, Progress, UserError, run, say
 from common.images import clear_way, staged, to_pil
-from common.progress import Progress, say
 from latent_diffusion.base import Base
 from latent_diffusion.drawing import draw_prompts
 from latent_diffusion.flags import GUIDANCE_SCALE, add_drawing_flags, base_from

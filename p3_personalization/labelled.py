@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.cli import UserError
 from common.data import IMAGE_SUFFIXES, read_image
-from common.errors import UserError
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
 from latent_diffusion.miniature.scenes import draw_target, random_scenes
 

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from common.cli import UserError
 from common.data import shuffled_indices, stratified_timesteps
-from common.errors import UserError
-from common.losses import diffusion_loss
-from common.training import Batch
+from common.training import Batch, diffusion_loss
 from latent_diffusion.base import Base
 from p3_personalization.views import Examples
 from p3_personalization.words import Words, with_table, with_tokens

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.cli import UserError
 
 COUNT = 25  # pictures of each prompt
 EXAMPLE = '{"0": {"token_name": "<new1>", "prompt": ["A photo of <new1>."]}}'

@@ -20,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
-from common.errors import Parser, UserError, run
+from common.cli import Parser, UserError, run, say
 from common.images import grid
-from common.progress import say
 from common.runtime import pick_device, seeded_generator
 from common.training import Trainer
 from common.training_options import add_training_arguments, training_options

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.cli import UserError
 from common.data import read_folder_images, to_unit_range
-from common.errors import UserError
 from common.runtime import seeded_generator
 from latent_diffusion.base import Base
 from latent_diffusion.prompts import prompt_tokens

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from common.checkpoint import load_tensors, save_tensors
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.base import Base
 from latent_diffusion.prompts import vector_tokens
 

@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import Parser, UserError, run
+from common.cli import Parser, UserError, add_json_argument, check_json, run, write_json
 from common.images import check_output_folder, staged
-from common.results import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature.colours import COLOURS

@@ -16,8 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import Parser, UserError, run
-from common.progress import say, silenced
+from common.cli import Parser, UserError, run, say, silenced
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from p1_ddpm.sample import WEIGHTS as DIGIT_WEIGHTS
 from p2_ddim.sample import WEIGHTS as FACE_WEIGHTS

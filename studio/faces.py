@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from common.errors import UserError
+from common.cli import UserError
 from common.images import grid, to_pil, to_uint8
 from common.sampling import reverse_process
 from p2_ddim.interpolate import METHODS, between, enlargement, plot_lengths

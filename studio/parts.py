@@ -6,7 +6,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from common.errors import UserError
+from common.cli import UserError
 
 Value = TypeVar("Value")
 

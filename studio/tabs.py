@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from common.errors import UserError
+from common.cli import UserError
 from common.sampling import METHODS
 from latent_diffusion.flags import SAMPLERS
 from latent_diffusion.miniature.colours import COLOURS

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from common.errors import UserError
+from common.cli import UserError
 from studio.markup import complaint, line
 from studio.parts import Status
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common.checkpoint import opened
-from common.errors import UserError
+from common.cli import UserError
 from common.images import grid, to_pil
 from latent_diffusion.base import Base
 from latent_diffusion.flags import SAMPLERS

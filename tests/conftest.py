@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from common.checkpoint import save_tensors
-from common.errors import run
+from common.cli import run
 from common.schedule import NoiseSchedule
 from p1_ddpm.digits import DOMAINS
 from p1_ddpm.model import ContextUNet, ContextUNetConfig

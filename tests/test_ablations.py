@@ -9,7 +9,7 @@ from benchmarks import ablations
 from benchmarks.ablation_tables import Ablation, fingerprint, told
 from benchmarks.ablation_training import run_folder
 from benchmarks.pages import block_of
-from common.errors import UserError
+from common.cli import UserError
 
 EMPTY = "before\n<!-- toy -->\nold\n<!-- end of toy -->\nafter\n"
 

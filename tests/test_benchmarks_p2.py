@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import p2
 from common.checkpoint import save_tensors
-from common.errors import run
+from common.cli import run
 from p2_ddim.model import COURSE, FaceUNet, FaceUNetConfig
 from p2_ddim.noise import random_noises
 from p2_ddim.sampler import DDIMOptions, FaceSampler

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import make_sd_like, sd_full_size
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.base import load_base
 from p3_controlnet.model import ControlNet
 from tests.stable_diffusion import KEYS, narrow

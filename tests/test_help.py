@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common import progress
-from common.errors import Parser, run
+from common import cli as progress
+from common.cli import Parser, run
 from p2_ddim import make_examples as make_noises
 from p3_controlnet import fill50k, make_examples
 

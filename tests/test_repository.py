@@ -23,9 +23,9 @@ def test_shell_files_parse_and_can_be_run(path):
 
 
 def test_shipped_weights_are_listed_and_whole():
-    shipped = sorted(path.relative_to(ROOT) for path in ROOT.glob("*/weights/**/*.safetensors"))
+    shipped = sorted(path.relative_to(ROOT) for path in ROOT.glob("*_*/**/weights/**/*.safetensors"))
     listed = []
-    for sums in ROOT.glob("*/**/weights/SHA256SUMS"):
+    for sums in ROOT.glob("*_*/**/weights/SHA256SUMS"):
         for line in sums.read_text().splitlines():
             digest, name = line.split()
             assert hashlib.sha256((sums.parent / name).read_bytes()).hexdigest() == digest, name

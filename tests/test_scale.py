@@ -12,7 +12,7 @@ from benchmarks import scale, scale_tables
 from benchmarks.counting import Count, count
 from benchmarks.projection import Assumptions, Machine, exchange_seconds, projected, training_rates
 from benchmarks.workloads import MEASURED, MINIATURE_HINT_CHANNELS, OWN_FACES, WORK, Work, digits
-from common.errors import UserError
+from common.cli import UserError
 from p1_ddpm import sample as p1_sample
 from p1_ddpm import train as p1_train
 from p2_ddim import sample as p2_sample

@@ -23,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from common.checkpoint import load_about, write_atomically
-from common.errors import Parser, UserError, run
+from common.cli import Parser, UserError, progress, run, say
 from common.images import check_output_folder
-from common.progress import progress, say
 from docs.report.page import Part, Table, page
 from docs.report.sections import SECTIONS, Command, Section
 from docs.report.tables import ROOT, shown
 from docs.report.texts import TEXTS
+
+MINIATURE = ROOT / "latent_diffusion" / "miniature" / "weights"
 
 TITLE = "Diffusion models: the report"
 INTRODUCTION = (

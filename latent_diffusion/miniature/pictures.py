@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.pairs import Pair, read_hints, read_pairs
 
 HELD_OUT_EVERY = 11  # odd, because pictures of one disc and of two take turns

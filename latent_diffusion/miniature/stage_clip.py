@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from common.data import shuffled_indices, to_unit_range
-from common.training import Batch, Trainer
+from common.data import Batch, shuffled_indices, to_unit_range
+from common.training import Trainer
 from common.training_options import TrainingOptions
 from latent_diffusion.miniature.models import make_clip, make_image_processor, make_tokenizer
 from latent_diffusion.miniature.pictures import Pictures

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from common.data import shuffled_indices, stratified_timesteps
 from common.images import grid
-from common.losses import diffusion_loss
 from common.runtime import pick_device, seeded_generator
 from common.schedule import NoiseSchedule
-from common.training import Batch, Trainer, loss_of
+from common.training import Batch, Trainer, diffusion_loss, loss_of
 from common.training_options import TrainingOptions
 from latent_diffusion.base import Base, load_part
 from latent_diffusion.cache import encode_pairs

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from common.data import shuffled_indices, to_unit_range
+from common.data import Batch, shuffled_indices, to_unit_range
 from common.images import grid, to_uint8
-from common.training import Batch, Trainer
+from common.training import Trainer
 from common.training_options import TrainingOptions
 from latent_diffusion.miniature.colours import ciede2000, rgb_to_lab
 from latent_diffusion.miniature.models import SIZE, make_vae

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.errors import Parser, UserError, run
+from common.cli import Parser, UserError, run
 from common.training_options import add_training_arguments, training_options
 from latent_diffusion.miniature.models import SIZE
 from latent_diffusion.miniature.pictures import read_pictures

@@ -3,8 +3,8 @@ import threading
 import pytest
 import torch
 
-from common.ahead import DrawnAhead
-from common.errors import UserError
+from common.cli import UserError
+from common.training import DrawnAhead
 from tests.toy_training import make_trainer
 
 

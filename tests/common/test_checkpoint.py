@@ -17,7 +17,7 @@ from common.checkpoint import (
     save_tensors,
     write_atomically,
 )
-from common.errors import UserError
+from common.cli import UserError
 
 ABOUT = {"kind": "Toy", "config": {"widths": [4, 8], "name": "é"}, "step": 3, "rate": 1e-4}
 

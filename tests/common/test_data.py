@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.cli import UserError
 from common.data import (
     concatenate,
     jitter,
@@ -16,7 +17,6 @@ from common.data import (
     stratified_timesteps,
     to_unit_range,
 )
-from common.errors import UserError
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.cli import UserError
 from common.data import read_folder_images
-from common.errors import UserError
 
 
 def picture(path, size, left, right):

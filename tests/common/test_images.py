@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.utils import save_image
 
-from common.errors import UserError
+from common.cli import UserError
 from common.images import captioned, check_output_folder, grid, save_gif, save_png, staged, to_uint8
 
 

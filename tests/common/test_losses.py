@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.losses import diffusion_loss
 from common.schedule import PREDICTIONS, NoiseSchedule
+from common.training import diffusion_loss
 
 SCHEDULE = NoiseSchedule("cosine")
 

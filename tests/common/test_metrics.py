@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from common.errors import UserError
+from common.cli import UserError
 from common.metrics import frechet_distance, kernel_distance, nearest, precision_recall
 
 

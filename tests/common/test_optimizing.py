@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.optimizing import PagedAdamW
+from common.training_state import PagedAdamW
 
 
 def train(kind, steps: int, after=None, **options) -> tuple[nn.Module, torch.optim.AdamW]:

@@ -5,9 +5,8 @@ import sys
 
 import pytest
 
-from common import progress as module
-from common.errors import Parser, run
-from common.progress import Progress, progress, say, silenced
+from common import cli as module
+from common.cli import Parser, Progress, progress, run, say, silenced
 from tests.toy_training import train
 
 

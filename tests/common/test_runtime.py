@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.errors import UserError
+from common.cli import UserError
 from common.runtime import PRECISIONS, autocast, pick_device, pick_precision, seeded_generator
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from common.errors import UserError
+from common.cli import UserError
 from tests.toy_training import make_batch, make_trainer, squared_error, train
 from tests.training import newest
 

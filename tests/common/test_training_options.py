@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from common.errors import Parser, UserError
+from common.cli import Parser, UserError
 from common.training_options import TrainingOptions, add_training_arguments, learning_rate, training_options
 
 

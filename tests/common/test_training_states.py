@@ -8,7 +8,7 @@ import torch
 
 from common import training
 from common.checkpoint import load_about, load_tensors
-from common.errors import UserError
+from common.cli import UserError
 from tests.toy_training import WIDTH, Toy, make_trainer, train
 from tests.training import killed_at, newest, same_states
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from common.checkpoint import load_tensors, save_tensors
-from common.errors import UserError
+from common.cli import UserError
 from docs.report import make, sections, tables
 from docs.report.page import Figure, Table, equation, page
 from docs.report.sections import Command, Need, Section

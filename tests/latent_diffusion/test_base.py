@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.base import load_base, read_schedule
 from latent_diffusion.saving import save_base, save_part
 

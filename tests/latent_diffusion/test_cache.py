@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.cli import UserError
 from common.data import to_unit_range
-from common.errors import UserError
 from common.images import save_png
 from latent_diffusion import cache as module
 from latent_diffusion.base import Base, load_base

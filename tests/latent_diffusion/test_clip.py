@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.clip import BATCH, Clip
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.pairs import Pair, read_hints, read_pairs, readable_pairs
 
 LINE = {"source": "0.png", "target": "0.png", "prompt": "red circle with blue background"}

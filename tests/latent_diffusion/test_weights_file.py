@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from common.checkpoint import save_tensors
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.base import load_base
 from p3_controlnet.model import ControlNet
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks import ablations
 from benchmarks.ablations_p1 import SeparateUNet, joint_state
-from common.errors import UserError
+from common.cli import UserError
 from common.training import Trainer
 from p1_ddpm import evaluate
 from p1_ddpm.model import ContextUNet, ContextUNetConfig

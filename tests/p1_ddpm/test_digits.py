@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.errors import UserError
+from common.cli import UserError
 from p1_ddpm.digits import DOMAINS, LAYOUTS, joint_label, of_layout, read_digits
 
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from common.checkpoint import load_tensors
+from common.cli import UserError
 from common.data import LabelledImages
-from common.errors import UserError
 from common.metrics import frechet_distance, kernel_distance, precision_recall
 from p1_ddpm import evaluate, sample
 from p1_ddpm.judge import LeNet, judge_path, load_judge

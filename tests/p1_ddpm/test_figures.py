@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from common.checkpoint import load_tensors, save_tensors
-from common.errors import UserError
+from common.cli import UserError
 from common.sampling import Step
 from p1_ddpm import figures
 from p1_ddpm.sample import Digit

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.checkpoint import load_tensors
-from common.errors import UserError
+from common.cli import UserError
 from p1_ddpm.train import main, parse_arguments
 
 SMALL = ["--image-size", "8", "--widths", "8", "16", "--blocks", "1", "1", "--batch-size", "8", "--precision", "fp32"]

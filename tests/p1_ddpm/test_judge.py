@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from common.checkpoint import load_tensors, save_tensors
+from common.cli import UserError
 from common.data import LabelledImages
-from common.errors import UserError
 from p1_ddpm import judge
 from tests.p1_ddpm.conftest import striped
 

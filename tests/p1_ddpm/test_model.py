@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.losses import diffusion_loss
 from common.sampling import draw, guided
 from common.schedule import PREDICTIONS, NoiseSchedule
+from common.training import diffusion_loss
 from p1_ddpm.model import ContextUNet, ContextUNetConfig, ResidualBlock, timestep_embedding
 
 SMALL = ContextUNetConfig(widths=(16, 32), blocks=(1, 2), embedding=24)

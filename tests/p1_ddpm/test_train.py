@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from common.checkpoint import load_about, load_model_file, load_strictly, load_tensors
+from common.cli import UserError
 from common.data import to_unit_range
-from common.errors import UserError
 from common.runtime import seeded_generator
 from common.schedule import NoiseSchedule
 from p1_ddpm.digits import DOMAINS, read_digits

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from benchmarks import ablations
-from common.errors import UserError
+from common.cli import UserError
 from p2_ddim import sample
 from p2_ddim.noise import read_noises
 

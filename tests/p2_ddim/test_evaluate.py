@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import run
+from common.cli import run
 from p2_ddim import evaluate
 
 

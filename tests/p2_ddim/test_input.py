@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.checkpoint import load_tensors, save_tensors
-from common.errors import UserError, run
+from common.cli import UserError, run
 from p2_ddim import sample
 from p2_ddim.sampler import FaceSampler
 

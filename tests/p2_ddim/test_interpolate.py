@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.errors import UserError, run
+from common.cli import UserError, run
 from p2_ddim import figures, interpolate
 from p2_ddim.interpolate import STRIP, between, lerp, slerp
 from p2_ddim.noise import Noise

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common.checkpoint import load_tensors
-from common.errors import UserError
+from common.cli import UserError
 from p2_ddim import evaluate, make_examples, sample
 from p2_ddim.make_examples import diffusers_scheduler
 from p2_ddim.model import COURSE

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from common.checkpoint import load_tensors, save_tensors
-from common.errors import UserError
-from common.losses import diffusion_loss
+from common.cli import UserError
 from common.sampling import draw
 from common.schedule import NoiseSchedule
+from common.training import diffusion_loss
 from p2_ddim.model import COURSE, FaceUNet, FaceUNetConfig, load_face_unet
 
 CONTRACT = json.loads((Path(__file__).parent / "face_unet_keys.json").read_text())

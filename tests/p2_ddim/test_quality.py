@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from common.errors import UserError, run
+from common.cli import UserError, run
 from p2_ddim import quality
 from p2_ddim.quality import nearest_training_faces
 

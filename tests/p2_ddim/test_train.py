@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from common.checkpoint import load_tensors
+from common.cli import run
 from common.data import read_folder_images, to_unit_range
-from common.errors import run
 from common.runtime import seeded_generator
 from common.schedule import NoiseSchedule
 from p2_ddim import sample, train

@@ -5,10 +5,9 @@ import torch
 
 from benchmarks import ablations, ablations_p3
 from benchmarks.ablations_p3 import NoHint, PooledHint, without_zeros
-from common.errors import UserError
-from common.losses import diffusion_loss
+from common.cli import UserError
 from common.runtime import seeded_generator
-from common.training import Trainer
+from common.training import Trainer, diffusion_loss
 from latent_diffusion.drawing import called_with_context
 from p3_controlnet import watch
 from p3_controlnet.model import ControlNet

@@ -10,7 +10,7 @@ from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.base import load_base
 from latent_diffusion.single_file import controlnet_part, controlnet_sizes
 from latent_diffusion.weights_file import WeightsFile

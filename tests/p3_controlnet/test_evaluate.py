@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError, run
+from common.cli import UserError, run
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_hint, draw_target
 from p3_controlnet import evaluate, fill50k

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.miniature.scenes import held_out, read_prompt
 from latent_diffusion.pairs import read_pairs
 from p3_controlnet import figures, make_examples

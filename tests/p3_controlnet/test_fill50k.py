@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from common.errors import run
+from common.cli import run
 from latent_diffusion.miniature.scenes import draw_hint, draw_target, held_out, random_scenes, read_prompt
 from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet import fill50k

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import run
+from common.cli import run
 from p3_controlnet import sample
 from p3_controlnet.model import ControlNet
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 from common.checkpoint import load_about
-from common.errors import UserError
+from common.cli import UserError
 from p3_controlnet.config import ControlNetConfig
 from p3_controlnet.model import ControlNet
 

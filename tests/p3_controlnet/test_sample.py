@@ -9,7 +9,7 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from PIL import Image
 
-from common.errors import UserError
+from common.cli import UserError
 from common.sampling import ImageNoise
 from common.sampling import draw as draw_latents
 from latent_diffusion.base import Base, load_base

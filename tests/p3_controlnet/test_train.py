@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common.checkpoint import load_tensors
-from common.errors import UserError
+from common.cli import UserError
 from common.runtime import seeded_generator
 from common.training import Trainer
 from latent_diffusion.base import Base, load_base

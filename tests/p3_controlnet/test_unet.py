@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 
-from common.losses import diffusion_loss
 from common.schedule import NoiseSchedule
+from common.training import diffusion_loss
 from p3_controlnet.unet import (
     ControlledUNet,
     Encoded,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ablations, ablations_words
-from common.errors import UserError
+from common.cli import UserError
 from common.training import Trainer
 from p3_personalization import custom_diffusion, textual_inversion
 from p3_personalization.concepts import CONCEPTS

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from scipy.spatial import cKDTree
 
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
 from latent_diffusion.miniature.scenes import VISIBLE
 from p3_personalization import concepts

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import load_about, load_tensors
-from common.errors import UserError
+from common.cli import UserError
 from common.training import Trainer
 from latent_diffusion.base import load_base, quiet
 from latent_diffusion.drawing import draw_prompts

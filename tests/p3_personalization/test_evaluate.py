@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from common.errors import UserError, run
+from common.cli import UserError, run
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_target
 from p3_personalization import evaluate

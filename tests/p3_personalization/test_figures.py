@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_target
 from p3_personalization import figures
 from p3_personalization.figures import CUSTOM_DIFFUSION, INVERSION

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common.errors import UserError, run
+from common.cli import UserError, run
 from common.sampling import ImageNoise
 from latent_diffusion.base import load_base, quiet
 from latent_diffusion.drawing import draw_prompts

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from common.cli import UserError
 from common.data import stratified_timesteps
-from common.errors import UserError
 from common.runtime import seeded_generator
 from latent_diffusion.base import load_base, load_part
 from latent_diffusion.prompts import prompt_tokens

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.errors import UserError
+from common.cli import UserError
 from p3_personalization.table import read_table
 
 COURSE = {

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from common.checkpoint import load_about, load_tensors
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.base import load_base, quiet
 from latent_diffusion.saving import save_base
 from p3_personalization import textual_inversion

@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
+from common.cli import UserError
 from common.data import to_unit_range
-from common.errors import UserError
 from latent_diffusion.base import load_base
 from latent_diffusion.prompts import prompt_tokens
 from p3_personalization.learning import with_new_rows

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from common.errors import UserError
+from common.cli import UserError
 from latent_diffusion.base import load_base, load_part, quiet
 from latent_diffusion.saving import save_base
 from latent_diffusion.single_file import SD_V1, configuration

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
+from common.cli import UserError
 from studio import app
 
 ROOT = Path(__file__).resolve().parent.parent.parent

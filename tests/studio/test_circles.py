@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
+from common.cli import UserError
 from p3_controlnet import sample
 from studio import circles
 from studio.circles import Circles

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.errors import UserError
+from common.cli import UserError
 from p1_ddpm import sample
 from studio.digits import Digits, show
 

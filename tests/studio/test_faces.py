@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.errors import UserError
+from common.cli import UserError
 from common.sampling import ImageNoise
 from p2_ddim import sample
 from studio.faces import Faces

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from common.errors import UserError
+from common.cli import UserError
 from studio.parts import Kept, choice, number, whole
 
 

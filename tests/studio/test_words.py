@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
+from common.cli import UserError
 from p3_personalization import generate
 from studio import words as page
 from studio.words import Words

@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from common.checkpoint import load_tensors
+from common.cli import UserError
 from common.data import to_unit_range
-from common.errors import UserError
 from latent_diffusion.base import load_base
 from latent_diffusion.miniature import models as miniature
 from latent_diffusion.miniature import stage_clip, stage_unet, stage_vae

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import Parser, UserError, run
+from common.cli import Parser, UserError, run
 
 
 def raising(error):

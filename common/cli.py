@@ -1,0 +1,243 @@
+"""How programs talk to their users: flags and help, progress, results as JSON, and mistakes that a user can mend."""
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import field, fields
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Self, TypeVar
+
+from tqdm import tqdm
+
+LONG = 2.0  # seconds; a phase that ends sooner shows nothing
+Item = TypeVar("Item")
+Options = TypeVar("Options")
+_silent = False
+_phases: list["Progress"] = []  # under way, the outermost first
+
+
+class UserError(Exception):
+    """A problem the user can mend; its text is one line that names the file or value and the mend."""
+
+
+def shown(default: Any) -> str:
+    """A flag's default as you would type it: paths below the current folder are shown relative to it."""
+    if isinstance(default, list | tuple):
+        return " ".join(map(shown, default))
+    if isinstance(default, Path) and default.is_relative_to(Path.cwd()):
+        return os.path.relpath(default)
+    return str(default)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's line breaks and shows every flag's default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain_switch = action.const is True and action.default is False
+        if action.default in (None, (), []) or plain_switch:
+            return action.help
+        return (super()._get_help_string(action) or "").replace("%(default)s", shown(action.default).replace("%", "%%"))
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows defaults in `--help`, complains in one line, and has `--quiet`."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=HelpFormatter, **options)
+        self._optionals.title = "general"
+        # Without a default, so that a subcommand does not undo a --quiet before it.
+        self.add_argument(
+            "-q",
+            "--quiet",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="hide progress; results, warnings and errors still print",
+        )
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def option(default: Any, help: str, **flag: Any) -> Any:
+    """A dataclass field that is also a flag.
+
+    Args:
+        default: the field's default.
+        help: the flag's help.
+        flag: further arguments of `add_argument`, such as choices, nargs, metavar, or type where the field's own type
+            does not parse text.
+    """
+    return field(default=default, metadata={"help": help} | flag)
+
+
+def add_options(parser: Any, options: type, leave_out: Sequence[str] = (), **defaults: Any) -> None:
+    """Add a flag for every `option` field of a dataclass.
+
+    A bool becomes `--name` and `--no-name`, or only `--name` with `action="store_true"` in its `option`.
+
+    Args:
+        parser: a parser or an argument group.
+        options: the dataclass.
+        leave_out: fields that get no flag.
+        defaults: defaults that differ from the dataclass's.
+    """
+    for item in fields(options):
+        if "help" not in item.metadata or item.name in leave_out:
+            continue
+        flag = {"default": defaults.get(item.name, item.default)} | item.metadata
+        if item.type is bool:
+            flag.setdefault("action", argparse.BooleanOptionalAction)
+        else:
+            flag.setdefault("type", item.type)
+        parser.add_argument("--" + item.name.replace("_", "-"), **flag)
+
+
+def options_from(args: argparse.Namespace, options: type[Options]) -> Options:
+    """The dataclass filled from parsed arguments; fields without a flag keep their defaults."""
+    names = [item.name for item in fields(options) if hasattr(args, item.name)]
+    return options(**{name: getattr(args, name) for name in names})
+
+
+def check(name: str, value: Any, fine: bool, range_: str) -> None:
+    """Raise a `UserError` that names the flag unless its value is fine: `--steps 0: must be above 0`."""
+    if not fine:
+        raise UserError(f"--{name.replace('_', '-')} {value}: must be {range_}")
+
+
+def run(main: Callable, args: argparse.Namespace) -> None:
+    """Call `main(args)`, silenced if `--quiet` is among the arguments.
+
+    A `UserError`, a full disk, or a file that the system refuses becomes one line on stderr and exit code 2.
+    """
+    try:
+        with silenced(getattr(args, "quiet", False)):
+            main(args)
+    except (UserError, OSError) as error:
+        text = str(error)
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.filename is None:
+                raise
+            text = f"{error.filename}: {error.strerror}; check the path and its permissions"
+        print("error:", " ".join(text.split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def silenced(silent: bool = True) -> Iterator[None]:
+    """A block in which progress and `say` print nothing; results, warnings and errors still do."""
+    global _silent
+    before, _silent = _silent, _silent or silent
+    try:
+        yield
+    finally:
+        _silent = before
+
+
+def speaks() -> bool:
+    """Whether progress is printed: of several processes only the first one does."""
+    return not _silent and os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """Print what was done or is being done; not for results that were asked for."""
+    if speaks():
+        print(line, flush=True)
+
+
+class Progress:
+    """How far a phase is: a bar where stderr is a terminal, else one line once it has taken `LONG` seconds.
+
+    A phase inside another has a bar that disappears at its end, and no line.
+
+    Args:
+        total: units of work in all.
+        name: of the phase.
+        unit: one of them, such as "step".
+        done: how many are done already.
+
+    Attributes:
+        n: units done so far.
+    """
+
+    def __init__(self, total: int, name: str, unit: str, done: int = 0):
+        self.total, self.name, self.unit, self.done = total, name, unit, done
+        self.n, self.started = done, perf_counter()
+        self.bar = None
+        if speaks() and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, desc=name, unit=unit, leave=None, delay=LONG, dynamic_ncols=True)
+        self.told = not speaks() or self.bar is not None
+
+    def __enter__(self) -> Self:
+        _phases.append(self)
+        return self
+
+    def __exit__(self, *_) -> None:
+        _phases.remove(self)
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, n: int = 1) -> None:
+        """Count n more units as done; a negative n takes some back."""
+        self.n += n
+        if self.bar is not None:
+            self.bar.update(n)
+        _phases[0].tell()
+
+    def note(self, **numbers: str) -> None:
+        """Show numbers beside the bar, if there is one."""
+        if self.bar is not None:
+            self.bar.set_postfix(**numbers)
+
+    def tell(self) -> None:
+        """Print the line, once."""
+        seconds, done = perf_counter() - self.started, self.n - self.done
+        if self.told or seconds < LONG:
+            return
+        self.told = True
+        left = f", about {tqdm.format_interval(seconds * (self.total - self.n) / done)} left" if done > 0 else ""
+        print(f"{self.name}: {self.total} {self.unit}{'s' * (self.total != 1)}{left}", file=sys.stderr, flush=True)
+
+
+def progress(items: Sequence[Item], name: str, unit: str) -> Iterator[Item]:
+    """The items, one after the other, with progress through them."""
+    with Progress(len(items), name, unit) as phase:
+        for item in items:
+            yield item
+            phase.update()
+
+
+def add_json_argument(parser: Any, help: str = "write all figures to this file") -> None:
+    """Add `--json FILE`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help=help)
+
+
+def check_json(path: Path | None) -> None:
+    """Check, before anything is measured, that the file can be written.
+
+    Raises:
+        UserError: its folder cannot be written.
+    """
+    from common.images import check_output_folder  # images.py imports this module
+
+    if path:
+        check_output_folder(path.parent)
+
+
+def write_json(path: Path | None, figures: Any) -> None:
+    """Write figures as one JSON document; with no path, do nothing.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from common.checkpoint import write_atomically  # checkpoint.py imports this module
+
+    if path:
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(figures, indent=1) + "\n"))
