@@ -20,9 +20,9 @@ from common.runtime import autocast, pick_device, pick_precision, seeded_generat
 from common.training import Trainer, loss_of
 from common.training_options import TrainingOptions
 from latent_diffusion.base import Base, load_base
-from latent_diffusion.cache import encode_pairs
-from latent_diffusion.miniature.pictures import HELD_OUT_EVERY, read_table
+from latent_diffusion.pairs import HELD_OUT_EVERY, read_table
 from p3_controlnet import fill50k
+from p3_controlnet.cache import encode_pairs
 from p3_controlnet.model import ControlNet
 from p3_controlnet.sample import BASE
 from p3_controlnet.train import PairBatches, control_loss, hint_reader

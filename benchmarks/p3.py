@@ -24,7 +24,7 @@ from common.cli import Parser, Progress, UserError, add_json_argument, check_jso
 from common.images import to_uint8
 from common.runtime import PRECISIONS, autocast, pick_device, pick_precision
 from latent_diffusion.base import Base, load_base
-from latent_diffusion.flags import DTYPES
+from latent_diffusion.drawing import DTYPES
 from latent_diffusion.pairs import Pair, read_hints, read_pairs
 from p3_controlnet.model import ControlNet
 from p3_controlnet.sample import BASE, CONTROLNET, EXAMPLES

@@ -1,13 +1,105 @@
-"""Pictures of prompts by a latent diffusion alone, without a ControlNet."""
+"""Pictures of prompts by a latent diffusion alone, and the flags of everything that draws with one."""
 
-from collections.abc import Callable, Sequence
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from common.cli import Parser, UserError, add_options, check, option
 from common.images import to_uint8
-from common.sampling import ImageNoise, draw, guided
-from latent_diffusion.base import Base
+from common.runtime import PRECISIONS, pick_device, pick_precision
+from common.sampling import Denoiser, ImageNoise, Step, check_finite, draw_in_batches, reverse_process
+from common.schedule import NoiseSchedule
+from latent_diffusion.base import Base, load_base, quiet
+from latent_diffusion.single_file import cache_folder
+
+SAMPLERS = ("ddim", "dpm-solver++")
+GUIDANCE_SCALE = 7.5  # what Stable Diffusion is usually drawn with
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISION_OF = {dtype: name for name, dtype in DTYPES.items()}
+
+Item = tuple[str, tuple[int, ...]]
+"""A prompt, and the numbers that key its picture's noise beside the seed."""
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How to draw with a latent diffusion.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    steps: int = option(20, "steps of the reverse process")
+    seed: int = option(0, "the same seed gives the same pictures")
+    guidance_scale: float | None = option(
+        None, f"1 = off (default: the one that suits the weights, else {GUIDANCE_SCALE})", type=float
+    )
+    sampler: str = option("ddim", "method of the reverse process", choices=SAMPLERS)
+    batch_size: int = option(8, "pictures at a time; fewer need less memory")
+    precision: str = option("auto", "of the networks", choices=PRECISIONS)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+
+    def __post_init__(self):
+        check("steps", self.steps, self.steps >= 1, "at least 1")
+        check("seed", self.seed, self.seed >= 0, "at least 0")
+        check("guidance_scale", self.guidance_scale, 0 <= self.scale < math.inf, "at least 0")
+        check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale, or `GUIDANCE_SCALE` where none was given."""
+        return GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
+
+    def timesteps(self, schedule: NoiseSchedule) -> list[int]:
+        """The timesteps that are visited, from noisy to clean.
+
+        Raises:
+            UserError: the schedule has fewer.
+        """
+        try:
+            return schedule.timesteps(self.steps, "trailing")
+        except ValueError as error:
+            raise UserError(f"--steps {self.steps}: {error}") from None
+
+
+def add_drawing_flags(parser: Parser, options: type[PromptOptions] = PromptOptions, **defaults: Any):
+    """Add a group with a flag for every option and `--cache-dir`; returns the group, for further flags.
+
+    Args:
+        parser: gets the group.
+        options: `PromptOptions` or a dataclass that extends it.
+        defaults: that differ from the dataclass's.
+    """
+    group = parser.add_argument_group("drawing")
+    add_options(group, options, **defaults)
+    group.add_argument("--cache-dir", type=Path, default=cache_folder(), help="where a .ckpt is kept as safetensors")
+    return group
+
+
+def load_chosen_base(args: Namespace) -> Base:
+    """The base at `args.base`, on the device and in the precision that the drawing flags name.
+
+    Raises:
+        UserError: it is missing or broken, or no such device.
+    """
+    device = pick_device(args.device)
+    return load_base(args.base, device, DTYPES[pick_precision(args.precision, device)], args.cache_dir)
+
+
+def to_fp32(*models: nn.Module) -> bool:
+    """Turn models to fp32 in place; returns False if all are in fp32 already."""
+    if all(model.dtype == torch.float32 for model in models):
+        return False
+    with quiet():
+        for model in models:
+            model.float()
+    return True
 
 
 def called_with_context(unet: nn.Module) -> Callable[..., Tensor]:
@@ -15,48 +107,69 @@ def called_with_context(unet: nn.Module) -> Callable[..., Tensor]:
     return lambda xt, t, context: unet(xt, t, encoder_hidden_states=context).sample
 
 
-@torch.no_grad()
-def draw_prompts(
-    base: Base,
-    prompts: Sequence[str],
-    keys: Sequence[tuple[int, ...]],
-    steps: int = 20,
-    guidance_scale: float = 2.0,
-    batch_size: int = 8,
-    method: str = "ddim",
-) -> Tensor:
-    """One picture for each prompt: uint8 (N, 3, H, W) on the CPU.
+class PromptSampler:
+    """Draws pictures of prompts.
+
+    Items are pairs (prompt, key): a picture depends on its prompt and on the noise keyed by (seed, *key) alone, not on
+    what else is drawn.
 
     Args:
-        base: draws.
-        prompts: texts; the guidance is away from the empty one.
-        keys: of the pictures' noise, see `ImageNoise`; a picture depends on its key and its prompt alone.
-        steps: of the reverse process.
-        guidance_scale: 1 = off.
-        batch_size: pictures at a time.
-        method: of the reverse process.
-
-    Raises:
-        ValueError: more steps than the schedule has, or an unknown method.
-        FloatingPointError: half precision overflows, or the weights are broken.
+        base: the model, on its device and in its precision; turned to fp32 where half precision overflows.
     """
-    side, channels = base.unet.config.sample_size, base.unet.config.in_channels
-    unet, timesteps = called_with_context(base.unet), base.schedule.timesteps(steps)
 
-    def network(xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return unet(xt.to(base.unet.dtype), t, context)
+    def __init__(self, base: Base):
+        self.base = base
 
-    contexts = base.encode_prompts(prompts)
-    null = base.encode_prompts([""])
-    images = []
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        context = contexts[part]
-        denoise = guided(network, {"context": context}, {"context": null.expand_as(context)}, guidance_scale)
-        xt = ImageNoise(keys[part]).draw((channels, side, side), base.device)
-        # Latents have no bounds.
-        latents = draw(denoise, base.schedule, xt, timesteps, base.prediction, method, clip_x0=False)
-        if not latents.isfinite().all():  # pictures of them would be black
-            raise FloatingPointError("latents are not finite")
-        images.append(to_uint8(base.decode(latents)))
-    return torch.cat(images)
+    def noise(self, items: Sequence[Item], options: PromptOptions) -> Tensor:
+        """The latents that the reverse process starts from: float32 (N, C, h, w), of the size the base is used to."""
+        unet = self.base.unet.config
+        noise = ImageNoise([(options.seed, *key) for _, key in items])
+        return noise.draw((unet.in_channels, unet.sample_size, unet.sample_size), self.base.device)
+
+    def walk(self, items: Sequence[Item], options: PromptOptions) -> Iterator[Step]:
+        """The reverse process of the items' latents, step by step; guidance is away from the empty prompt.
+
+        Raises:
+            UserError: more steps than the schedule has.
+        """
+        base = self.base
+        unet = called_with_context(base.unet)
+        contexts = base.encode_prompts([prompt for prompt, _ in items])
+        denoise = Denoiser(
+            lambda xt, t, context: unet(xt.to(base.unet.dtype), t, context),
+            base.schedule,
+            base.prediction,
+            {"context": contexts},
+            {"context": base.encode_prompts([""]).expand_as(contexts)},
+            options.scale,
+            clip_x0=False,  # latents have no bounds
+        )
+        xt, timesteps = self.noise(items, options), options.timesteps(base.schedule)
+        yield from reverse_process(denoise, base.schedule, xt, timesteps, options.sampler)
+
+    def images(self, items: Sequence[Item], options: PromptOptions) -> Iterator[tuple[Item, Tensor]]:
+        """Draw the items in batches; yields each with its picture, uint8 (3, H, W) on the CPU, in their order.
+
+        Raises:
+            UserError: more steps than the schedule has, or a single picture does not fit the GPU's memory or is not
+                finite in fp32 either.
+        """
+        options.timesteps(self.base.schedule)
+
+        def finish(batch: Sequence[Item], latents: Tensor) -> Tensor:
+            check_finite(latents, [repr(prompt) for prompt, _ in batch], PRECISION_OF[self.base.unet.dtype])
+            return to_uint8(self.base.decode(latents))
+
+        return draw_in_batches(
+            items,
+            lambda batch: self.walk(batch, options),
+            finish,
+            batch_size=options.batch_size,
+            steps=options.steps,
+            to_fp32=lambda: to_fp32(self.base.unet, self.base.vae, self.base.text_encoder),
+        )
+
+
+def draw_prompts(base: Base, items: Sequence[Item], options: PromptOptions) -> Tensor:
+    """The pictures of items alone, as one tensor: uint8 (N, 3, H, W) on the CPU; see `PromptSampler.images`."""
+    return torch.stack([image for _, image in PromptSampler(base).images(items, options)])

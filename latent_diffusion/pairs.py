@@ -17,6 +17,7 @@ from common.data import read_image
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 Field = Literal["source", "target"]
+HELD_OUT_EVERY = 11  # odd, because pictures of one disc and of two take turns
 FIELDS = ("source", "target", "prompt")
 EXAMPLE = '{"source": "0.png", "target": "0.png", "prompt": "red circle with blue background"}'
 
@@ -126,6 +127,19 @@ def read_pairs(table: Path, keep_going: bool = False, distinct_targets: bool = F
         return pair
 
     return usable(make, lines, keep_going)
+
+
+def read_table(folder: Path) -> list[Pair]:
+    """The pairs that `prompt.json` in a folder lists.
+
+    Raises:
+        UserError: the table is missing or broken, or lists too few to hold some out.
+    """
+    table = Path(folder) / "prompt.json"
+    pairs = read_pairs(table)
+    if len(pairs) < HELD_OUT_EVERY:
+        raise UserError(f"{table}: lists {len(pairs)} pictures; give at least {HELD_OUT_EVERY}")
+    return pairs
 
 
 def locate(name: str, folder: Path, field: Field) -> Path:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import Parser, UserError, run, say
 from common.images import staged, to_pil
-from latent_diffusion.flags import GUIDANCE_SCALE, add_drawing_flags, base_from
+from latent_diffusion.drawing import GUIDANCE_SCALE, add_drawing_flags, load_chosen_base
 from latent_diffusion.pairs import read_hints, read_pairs, readable_pairs
 from p3_controlnet.model import ControlNet, check_fit
 from p3_controlnet.sampler import HintSampler, SamplingOptions
@@ -101,7 +101,7 @@ def sampler_from(args) -> HintSampler:
     own_scale = chosen["guidance_scale"] is None
     options = SamplingOptions(**chosen | ({"guidance_scale": GUIDANCE_SCALE} if own_scale else {}))
     paths = args.controlnet or [default_controlnet(args.base)]
-    base = base_from(args)
+    base = load_chosen_base(args)
     controlnets = []
     for path in paths:
         controlnet, about = ControlNet.load(path)

@@ -15,7 +15,7 @@ from common.cli import Progress, UserError
 from common.images import to_uint8
 from common.sampling import ImageNoise, guided, reverse_process
 from latent_diffusion.base import Base, quiet
-from latent_diffusion.flags import GUIDANCE_SCALE
+from latent_diffusion.drawing import GUIDANCE_SCALE
 from latent_diffusion.pairs import Pair
 from p3_controlnet.model import ControlNet
 from p3_controlnet.patches import in_patches

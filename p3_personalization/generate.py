@@ -23,8 +23,7 @@ from torch import Tensor
 from common.cli import Parser, Progress, UserError, run, say
 from common.images import clear_way, staged, to_pil
 from latent_diffusion.base import Base
-from latent_diffusion.drawing import draw_prompts
-from latent_diffusion.flags import GUIDANCE_SCALE, add_drawing_flags, base_from
+from latent_diffusion.drawing import GUIDANCE_SCALE, add_drawing_flags, draw_prompts, load_chosen_base
 from p3_personalization.table import COUNT, read_table
 from p3_personalization.words import add_words, check_prompts, load_all_words
 
@@ -169,7 +168,7 @@ def drawing_options(args) -> DrawingOptions:
 
 def load_plain(args) -> Base:
     """The frozen base that the arguments name, on its device and in its precision."""
-    base = base_from(args)
+    base = load_chosen_base(args)
     if base.device.type == "cpu":
         base.unet.to(memory_format=torch.contiguous_format)  # group norm in bf16 is several times slower otherwise
     return base

@@ -11,8 +11,7 @@ from torch import Tensor
 from common.cli import UserError
 from common.data import read_folder_images, to_unit_range
 from common.runtime import seeded_generator
-from latent_diffusion.base import Base
-from latent_diffusion.prompts import prompt_tokens
+from latent_diffusion.base import Base, prompt_tokens
 from p3_personalization.words import check_prompts
 
 # Gal et al. 2022, appendix C, from CLIP's templates.

@@ -13,8 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from common.checkpoint import load_tensors, save_tensors
 from common.cli import UserError
-from latent_diffusion.base import Base
-from latent_diffusion.prompts import vector_tokens
+from latent_diffusion.base import Base, vector_tokens
 
 Words = Mapping[str, Tensor]
 """From a token, such as <new1>, to its vectors: float32 (n, width)."""

@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.images import grid, to_pil, to_uint8
 from common.sampling import reverse_process
-from latent_diffusion.flags import SAMPLERS
+from latent_diffusion.drawing import SAMPLERS
 from latent_diffusion.miniature.colours import COLOURS
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_hint, read_prompt
 from latent_diffusion.pairs import Pair

@@ -7,7 +7,7 @@ import gradio as gr
 
 from common.cli import UserError
 from common.sampling import METHODS
-from latent_diffusion.flags import SAMPLERS
+from latent_diffusion.drawing import SAMPLERS
 from latent_diffusion.miniature.colours import COLOURS
 from p1_ddpm.digits import DOMAINS
 from studio import circles as circle_page

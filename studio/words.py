@@ -12,7 +12,7 @@ from common.checkpoint import opened
 from common.cli import UserError
 from common.images import grid, to_pil
 from latent_diffusion.base import Base
-from latent_diffusion.flags import SAMPLERS
+from latent_diffusion.drawing import SAMPLERS
 from p3_personalization.generate import (
     CUSTOM,
     CUSTOM_DIFFUSION,

@@ -6,10 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.cli import UserError
-from latent_diffusion.pairs import Pair, read_hints, read_pairs
-
-HELD_OUT_EVERY = 11  # odd, because pictures of one disc and of two take turns
+from latent_diffusion.pairs import HELD_OUT_EVERY, Pair, read_hints, read_table
 
 
 @dataclass(frozen=True)
@@ -35,19 +32,6 @@ class Pictures:
         """Pictures to train on and, every eleventh, held-out pictures."""
         held = torch.arange(len(self)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         return self.take((~held).nonzero()[:, 0]), self.take(held.nonzero()[:, 0])
-
-
-def read_table(folder: Path) -> list[Pair]:
-    """The pairs that `prompt.json` in a folder lists.
-
-    Raises:
-        UserError: the table is missing or broken, or lists too few to hold some out.
-    """
-    table = Path(folder) / "prompt.json"
-    pairs = read_pairs(table)
-    if len(pairs) < HELD_OUT_EVERY:
-        raise UserError(f"{table}: lists {len(pairs)} pictures; give at least {HELD_OUT_EVERY}")
-    return pairs
 
 
 def read_pictures(folder: Path, size: int) -> Pictures:

@@ -68,7 +68,15 @@ def train_clip(args: argparse.Namespace, options: TrainingOptions, train: Pictur
         return contrastive_loss(averaged, judge(averaged))
 
     about = {"kind": "CLIPModel", "config": json.loads(clip.config.to_json_string())}
-    trainer = Trainer(clip, options, args.out / "stages" / "clip", about, make_batch, contrastive_loss, validate)
+    trainer = Trainer(
+        model=clip,
+        options=options,
+        folder=args.out / "stages" / "clip",
+        about=about,
+        make_batch=make_batch,
+        loss_fn=contrastive_loss,
+        validate=validate,
+    )
     averaged = trainer.run()
     folder = args.out / "clip"
     if trainer.accelerator.is_main_process:

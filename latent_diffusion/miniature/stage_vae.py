@@ -126,7 +126,17 @@ def train_vae(args: argparse.Namespace, options: TrainingOptions, train: Picture
 
     about = {"kind": "AutoencoderKL", "config": json.loads(model.vae.to_json_string())}
     notes = {"kl_weight": args.kl_weight}
-    trainer = Trainer(model, options, args.out / "stages" / "vae", about, make_batch, loss_fn, validate, sample, notes)
+    trainer = Trainer(
+        model=model,
+        options=options,
+        folder=args.out / "stages" / "vae",
+        about=about,
+        make_batch=make_batch,
+        loss_fn=loss_fn,
+        validate=validate,
+        sample=sample,
+        notes=notes,
+    )
     averaged = trainer.run()
     folder = args.out / "pipeline" / "vae"
     if trainer.accelerator.is_main_process:

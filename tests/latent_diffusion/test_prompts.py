@@ -5,8 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from latent_diffusion.base import load_part
-from latent_diffusion.prompts import prompt_tokens, vector_tokens, with_all_vectors
+from latent_diffusion.base import load_part, prompt_tokens, vector_tokens, with_all_vectors
 
 WORDS = {"<cat>": 3, "<c(a.t>": 11, "<dog>": 1}
 

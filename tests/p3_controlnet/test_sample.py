@@ -13,7 +13,7 @@ from common.cli import UserError
 from common.sampling import ImageNoise
 from common.sampling import draw as draw_latents
 from latent_diffusion.base import Base, load_base
-from latent_diffusion.flags import SAMPLERS
+from latent_diffusion.drawing import SAMPLERS
 from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet import sample
 from p3_controlnet.model import ControlNet, HintEncoder

@@ -13,9 +13,9 @@ from common.cli import UserError
 from common.runtime import seeded_generator
 from common.training import Trainer
 from latent_diffusion.base import Base, load_base
-from latent_diffusion.cache import encode_pairs
 from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet import fill50k, train
+from p3_controlnet.cache import encode_pairs
 from p3_controlnet.model import ControlNet
 from p3_controlnet.watch import Watch
 from tests.training import killed_at, same_files, spied_on, touched

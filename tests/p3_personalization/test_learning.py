@@ -9,8 +9,7 @@ from torch import nn
 from common.cli import UserError
 from common.data import stratified_timesteps
 from common.runtime import seeded_generator
-from latent_diffusion.base import load_base, load_part
-from latent_diffusion.prompts import prompt_tokens
+from latent_diffusion.base import load_base, load_part, prompt_tokens
 from latent_diffusion.single_file import SD_V1
 from p3_personalization.learning import (
     ExampleBatches,

@@ -6,8 +6,7 @@ from PIL import Image
 
 from common.cli import UserError
 from common.data import to_unit_range
-from latent_diffusion.base import load_base
-from latent_diffusion.prompts import prompt_tokens
+from latent_diffusion.base import load_base, prompt_tokens
 from p3_personalization.learning import with_new_rows
 from p3_personalization.views import TEMPLATES, Told, encode, read_concept, views
 

@@ -10,10 +10,10 @@ import torch
 from common.cli import UserError
 from common.data import to_unit_range
 from common.images import save_png
-from latent_diffusion import cache as module
 from latent_diffusion.base import Base, load_base
-from latent_diffusion.cache import Shards, encode_pairs
 from latent_diffusion.pairs import Pair
+from p3_controlnet import cache as module
+from p3_controlnet.cache import Shards, encode_pairs
 
 PROMPTS = ["red circle", "blue circle", "red circle", "", "Red circle"]
 FILES = ["contexts_00000", "contexts_00001", "latents_00000", "latents_00001", "latents_00002"]
