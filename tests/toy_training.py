@@ -42,7 +42,16 @@ def make_trainer(
     settings |= {"save_every": 1, "log_every": 1, "validate_every": 1} | options
     torch.manual_seed(7)
     facts = {"kind": "Toy", "config": {"width": WIDTH}} if about is None else about
-    return Trainer(Toy(dropout), TrainingOptions(**settings), folder, facts, batches, loss, validate, measure=measure)
+    return Trainer(
+        model=Toy(dropout),
+        options=TrainingOptions(**settings),
+        folder=folder,
+        about=facts,
+        make_batch=batches,
+        loss_fn=loss,
+        validate=validate,
+        measure=measure,
+    )
 
 
 def train(folder, **options):

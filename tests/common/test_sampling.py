@@ -6,7 +6,17 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from common.sampling import ImageNoise, ddim_step, draw, guided, reverse_process
+from common.cli import UserError
+from common.sampling import (
+    Denoiser,
+    ImageNoise,
+    Step,
+    check_finite,
+    ddim_step,
+    draw,
+    draw_in_batches,
+    reverse_process,
+)
 from common.schedule import NoiseSchedule
 
 SHAPE = (2, 3, 8, 8)
@@ -18,8 +28,8 @@ def start(dtype=torch.float64):
 
 
 def network(xt, t):
-    """A smooth stand-in whose output depends on every input."""
-    return torch.tanh(1.3 * xt + xt.mean() + t / 700)
+    """A smooth stand-in whose output depends on every input; t is a number or (N,)."""
+    return torch.tanh(1.3 * xt + xt.mean() + torch.as_tensor(t, dtype=xt.dtype).reshape(-1, 1, 1, 1) / 700)
 
 
 class RecordedNoise:
@@ -51,10 +61,8 @@ def test_ddim_equals_diffusers(eta, final_alpha, clip, derive):
     for t, noise in zip(theirs.timesteps, noises):
         step = theirs.step(network(xt, int(t)), t, xt, eta=eta, variance_noise=noise, use_clipped_model_output=derive)
         xt = step.prev_sample
-    ours = draw(
-        network, schedule, start(), timesteps, "eps", eta=eta, noise=RecordedNoise(20), clip_x0=clip,
-        use_clipped_model_output=derive, final_alpha=final_alpha,
-    )  # fmt: skip
+    denoise = Denoiser(network, schedule, "eps", clip_x0=clip, use_clipped_model_output=derive)
+    ours = draw(denoise, schedule, start(), timesteps, eta=eta, noise=RecordedNoise(20), final_alpha=final_alpha)
     assert (ours - xt).abs().max() < 1e-9
 
 
@@ -74,10 +82,8 @@ def test_ancestral_sampling_equals_diffusers(prediction, clip, monkeypatch):
     xt = start()
     for t in theirs.timesteps:
         xt = theirs.step(network(xt, int(t)), t, xt).prev_sample
-    ours = draw(
-        network, schedule, start(), list(range(999, -1, -1)), prediction,
-        method="ddpm", noise=RecordedNoise(999), clip_x0=clip,
-    )  # fmt: skip
+    denoise = Denoiser(network, schedule, prediction, clip_x0=clip, use_clipped_model_output=True)
+    ours = draw(denoise, schedule, start(), range(999, -1, -1), method="ddpm", noise=RecordedNoise(999))
     # Without clipping the stand-in network lets eps prediction grow to thousands, so the bound is relative.
     assert (ours - xt).abs().max() < 1e-10 * xt.abs().max().clamp(min=1)
 
@@ -99,7 +105,8 @@ def test_dpm_solver_equals_diffusers(prediction, steps):
     xt = start()
     for t in theirs.timesteps:
         xt = theirs.step(network(xt, int(t)), t, xt).prev_sample
-    ours = draw(network, schedule, start(), timesteps, prediction, method="dpm-solver++", clip_x0=False)
+    denoise = Denoiser(network, schedule, prediction, clip_x0=False)
+    ours = draw(denoise, schedule, start(), timesteps, method="dpm-solver++")
     # diffusers computes some of its coefficients in float32
     assert (ours - xt).abs().max() < 1e-6 * xt.abs().max().clamp(min=1)
 
@@ -110,7 +117,7 @@ def test_dpm_solver_is_of_second_order():
     variance = 0.25
 
     def exact_eps(xt, t):
-        a = float(schedule.alphas_cumprod[t])
+        a = float(schedule.alphas_cumprod[t[0]])
         return math.sqrt(1 - a) * xt / (a * variance + 1 - a)
 
     def spread(t):
@@ -119,7 +126,8 @@ def test_dpm_solver_is_of_second_order():
 
     def error(stride):
         timesteps = list(range(3200, 799, -stride))
-        loop = reverse_process(exact_eps, schedule, start(), timesteps, "eps", method="dpm-solver++", clip_x0=False)
+        denoise = Denoiser(exact_eps, schedule, "eps", clip_x0=False)
+        loop = reverse_process(denoise, schedule, start(), timesteps, "dpm-solver++")
         xt = None
         for step in loop:
             if step.t == 800:
@@ -134,9 +142,10 @@ def test_dpm_solver_is_of_second_order():
 def test_every_step_is_yielded_and_ends_at_the_result():
     schedule = NoiseSchedule("linear")
     timesteps = schedule.timesteps(5, "trailing")
-    steps = list(reverse_process(network, schedule, start(), timesteps, "eps"))
+    denoise = Denoiser(network, schedule, "eps")
+    steps = list(reverse_process(denoise, schedule, start(), timesteps))
     assert [step.t for step in steps] == timesteps
-    assert torch.equal(steps[-1].xt, draw(network, schedule, start(), timesteps, "eps"))
+    assert torch.equal(steps[-1].xt, draw(denoise, schedule, start(), timesteps))
     # With a final alpha of one, the last step returns the clamped prediction itself.
     assert torch.equal(steps[-1].xt, steps[-1].x0)
     assert steps[-1].xt.abs().max() <= 1
@@ -150,15 +159,79 @@ def test_guidance_is_one_batched_call_and_none_at_scale_one():
         return xt * labels.reshape(-1, 1, 1, 1)
 
     condition, null = {"labels": torch.tensor([2.0, 3.0])}, {"labels": torch.tensor([1.0, 1.0])}
-    xt = start()
-    guide = guided(labelled, condition, null, 3.0)(xt, 10)
+    xt, schedule = start(), NoiseSchedule()
+
+    def predict(scale, t=10, **options):
+        return Denoiser(labelled, schedule, "x0", condition, null, scale, clip_x0=False, **options)(xt, t)[0]
+
     scales = torch.tensor([1 + 3 * (2 - 1), 1 + 3 * (3 - 1)], dtype=torch.float64).reshape(-1, 1, 1, 1)
-    assert (guide - xt * scales).abs().max() < 1e-12
-    assert torch.equal(guided(labelled, condition, null, 1.0)(xt, 10), labelled(xt, 10, condition["labels"]))
-    interval = guided(labelled, condition, null, 3.0, (100, 200))
+    assert (predict(3.0) - xt * scales).abs().max() < 1e-12
+    assert torch.equal(predict(1.0), xt * condition["labels"].reshape(-1, 1, 1, 1))
     for t in (99, 100, 200, 201):
-        interval(xt, t)
-    assert sizes == [4, 2, 2, 2, 4, 4, 2]
+        predict(3.0, t, guidance_interval=(100, 200))
+    assert sizes == [4, 2, 2, 4, 4, 2]
+
+
+def test_no_gradient_is_kept():
+    weight = torch.nn.Parameter(torch.ones(()))
+    x0, eps = Denoiser(lambda xt, t: xt * weight, NoiseSchedule(), "v")(start(), 10)
+    assert not x0.requires_grad
+    assert not eps.requires_grad
+
+
+class TestBatches:
+    """Ten numbers, each drawn as an image of that value, by a machine with room for so many at a time."""
+
+    def draw(self, room=10, batch_size=4, broken=(), to_fp32=None):
+        self.sizes = []
+
+        def walk(batch):
+            self.sizes.append(len(batch))
+            if len(batch) > room:
+                raise torch.OutOfMemoryError
+            for t in (1, 0):
+                xt = torch.tensor([float(k) for k in batch]).reshape(-1, 1, 1, 1)
+                yield Step(t, xt, xt)
+
+        def finish(batch, xt):
+            check_finite(torch.where(torch.isin(xt, torch.tensor(broken)), torch.nan, xt), batch, "fp16")
+            return xt + 100
+
+        return list(draw_in_batches(range(10), walk, finish, batch_size=batch_size, steps=2, to_fp32=to_fp32))
+
+    def test_items_come_with_their_images_in_order(self):
+        drawn = self.draw()
+        assert [item for item, _ in drawn] == list(range(10))
+        assert [float(image) for _, image in drawn] == [100.0 + k for k in range(10)]
+        assert self.sizes == [4, 4, 2]
+
+    def test_a_batch_that_does_not_fit_is_halved(self, capsys):
+        assert [item for item, _ in self.draw(room=3, batch_size=8)] == list(range(10))
+        assert self.sizes == [8, 4, 2, 2, 2, 2, 2]
+        assert capsys.readouterr().err.splitlines() == [
+            f"warning: the GPU's memory is full; going on with --batch-size {size}" for size in (4, 2)
+        ]
+
+    def test_an_image_that_does_not_fit_is_a_line(self):
+        with pytest.raises(UserError, match="one image does not fit the GPU's memory; choose --precision"):
+            self.draw(room=0)
+
+    def test_what_overflows_is_drawn_again_in_fp32(self, capsys):
+        broken, calls = [5.0], []
+
+        def to_fp32():
+            calls.append(broken.pop())
+            return True
+
+        drawn = self.draw(broken=broken, to_fp32=to_fp32)
+        assert [float(image) for _, image in drawn] == [100.0 + k for k in range(10)]
+        assert self.sizes == [4, 4, 4, 2]
+        assert "half precision overflows" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("to_fp32", [None, lambda: False])
+    def test_what_fp32_does_not_mend_is_a_line(self, to_fp32):
+        with pytest.raises(UserError, match="5: drawn in fp16 it is not finite; choose bf16 or fp32"):
+            self.draw(broken=[5.0], to_fp32=to_fp32)
 
 
 def test_noise_belongs_to_the_image():
@@ -174,9 +247,9 @@ def test_noise_belongs_to_the_image():
 
 def test_stochastic_sampling_without_noise_is_refused():
     with pytest.raises(ValueError, match="noise"):
-        draw(network, NoiseSchedule(), start(), [10, 5], "eps", eta=0.5)
+        draw(Denoiser(network, NoiseSchedule(), "eps"), NoiseSchedule(), start(), [10, 5], eta=0.5)
     with pytest.raises(ValueError, match="euler"):
-        draw(network, NoiseSchedule(), start(), [10, 5], "eps", method="euler")
+        draw(Denoiser(network, NoiseSchedule(), "eps"), NoiseSchedule(), start(), [10, 5], method="euler")
 
 
 def test_eta_one_has_the_posterior_variance():

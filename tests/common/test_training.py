@@ -85,8 +85,8 @@ def test_averages_are_their_closed_form_and_buffers_are_copied(tmp_path):
 def test_accumulated_pieces_make_the_whole_batch(tmp_path):
     whole, pieces = train(tmp_path / "a", accumulate=1), train(tmp_path / "b", accumulate=4)
     assert pieces.model.passes == 4 * whole.model.passes
-    for name, parameter in whole.trained.items():
-        assert (parameter - pieces.trained[name]).abs().max() < 1e-6
+    for name, parameter in whole.state.trained.items():
+        assert (parameter - pieces.state.trained[name]).abs().max() < 1e-6
     metrics = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in "ab"]
     for line, other in zip(*metrics):
         assert json.loads(line)["loss"] == pytest.approx(json.loads(other)["loss"], abs=1e-6)
@@ -102,10 +102,10 @@ def test_gradients_are_clipped(tmp_path):
     norms = []
 
     def record(optimizer, *_):
-        gradients = [parameter.grad.flatten() for parameter in trainer.trained.values()]
+        gradients = [parameter.grad.flatten() for parameter in trainer.state.trained.values()]
         norms.append(torch.cat(gradients).norm().item())
 
-    trainer.raw_optimizer.register_step_pre_hook(record)
+    trainer.state.optimizer.register_step_pre_hook(record)
     _, norm = trainer.take_step()
     assert norm > 0.1
     assert norms == pytest.approx([0.01], rel=1e-3)
@@ -179,5 +179,5 @@ def test_compiled_networks_save_the_same_keys(tmp_path, monkeypatch):
     compiled, plain = train(tmp_path / "a", compile=True, steps=2), train(tmp_path / "b", steps=2)
     assert type(compiled.runnable) is not type(plain.runnable)
     assert newest(tmp_path / "a")[0].keys() == newest(tmp_path / "b")[0].keys()
-    for name, parameter in plain.trained.items():
-        assert (parameter - compiled.trained[name]).abs().max() < 1e-6
+    for name, parameter in plain.state.trained.items():
+        assert (parameter - compiled.state.trained[name]).abs().max() < 1e-6
