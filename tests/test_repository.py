@@ -3,15 +3,11 @@
 import hashlib
 import os
 import re
-import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.shell import ENVIRONMENT, ROOT, call, executable
+from tests.shell import ROOT, call
 
 SHELL_FILES = [*sorted(ROOT.glob("*.sh")), ROOT / ".ci" / "run"]
 
@@ -31,114 +27,6 @@ def test_shipped_weights_are_listed_and_whole():
             assert hashlib.sha256((sums.parent / name).read_bytes()).hexdigest() == digest, name
             listed.append((sums.parent / name).relative_to(ROOT))
     assert shipped == sorted(listed)
-
-
-class TestSetUp:
-    """`make setup` with a stand-in for Python whose pip only writes down that it was called."""
-
-    PIP = r"""
-case "$*" in
-    "-m pip install"*)
-        echo "pip: ${*: -2}" >>calls
-        sleep "${PIP_SECONDS:-0}"
-        exit "${PIP_EXIT:-0}" ;;
-    *) echo "unexpected: $*" >>calls; exit 1 ;;
-esac
-"""
-    PYTHON = r"""
-case "$*" in
-    "-c import "*) "$REAL_PYTHON" "$@" && exit "${TOO_OLD:-0}" ;;
-    "-m venv"*)
-        folder=${*: -1}
-        if [[ $* == *--clear* ]]; then rm -rf "$folder"; fi
-        mkdir -p "$folder/bin" && cp "$PIP_SCRIPT" "$folder/bin/python"
-        echo "venv: ${*:3}" >>calls ;;
-    *) echo "unexpected: $*" >>calls; exit 1 ;;
-esac
-"""
-    VENV, INSTALL = "venv: --clear .venv", "pip: -r requirements.txt"
-
-    @pytest.fixture
-    def clone(self, tmp_path) -> Path:
-        clone = tmp_path / "a clone"
-        clone.mkdir()
-        shutil.copy(ROOT / "Makefile", clone)
-        (clone / "requirements.txt").write_text("one==1\n")
-        executable(tmp_path / "pip script", self.PIP)
-        executable(tmp_path / "base python", self.PYTHON)
-        return clone
-
-    def command(self, clone: Path) -> list[str]:
-        return ["make", "-C", str(clone), "setup", f"PYTHON={clone.parent / 'base python'}"]
-
-    def environment(self, clone: Path, **more) -> dict[str, str]:
-        return {"PIP_SCRIPT": str(clone.parent / "pip script"), "REAL_PYTHON": sys.executable} | more
-
-    def start(self, clone: Path, **more) -> subprocess.Popen:
-        env = ENVIRONMENT | self.environment(clone, **more)
-        return subprocess.Popen(self.command(clone), env=env, stdout=subprocess.DEVNULL, start_new_session=True)
-
-    def setup(self, clone: Path, **more) -> subprocess.CompletedProcess:
-        return call(*self.command(clone), **self.environment(clone, **more))
-
-    def calls(self, clone: Path) -> list[str]:
-        """What was called since the last time one asked."""
-        log = clone / "calls"
-        lines = log.read_text().splitlines() if log.exists() else []
-        log.unlink(missing_ok=True)
-        return lines
-
-    def test_once_and_again_when_requirements_change(self, clone):
-        assert self.setup(clone).returncode == 0
-        assert self.calls(clone) == [self.VENV, self.INSTALL]
-        assert self.setup(clone).returncode == 0
-        assert self.calls(clone) == []
-        (clone / "requirements.txt").write_text("one==2\n")
-        assert self.setup(clone).returncode == 0
-        assert self.calls(clone) == [self.INSTALL]
-
-    def test_failure_is_not_taken_for_done(self, clone):
-        assert self.setup(clone, PIP_EXIT="1").returncode != 0
-        assert self.calls(clone) == [self.VENV, self.INSTALL]
-        assert self.setup(clone).returncode == 0
-        assert self.calls(clone) == [self.VENV, self.INSTALL]
-
-    def test_venv_made_by_hand_is_kept(self, clone):
-        shutil.copy(executable(clone / "python", self.PIP), clone / ".venv.python")
-        (clone / ".venv" / "bin").mkdir(parents=True)
-        shutil.move(clone / ".venv.python", clone / ".venv" / "bin" / "python")
-        assert self.setup(clone, PIP_EXIT="1").returncode != 0
-        assert self.setup(clone).returncode == 0
-        assert self.calls(clone) == [self.INSTALL, self.INSTALL]
-
-    def test_two_at_once_install_once(self, clone):
-        started = [self.start(clone, PIP_SECONDS="0.5") for _ in range(2)]
-        assert [process.wait(timeout=60) for process in started] == [0, 0]
-        assert self.calls(clone) == [self.VENV, self.INSTALL]
-
-    def test_killed_set_up_is_begun_anew(self, clone):
-        process = self.start(clone, PIP_SECONDS="30")
-        deadline = time.monotonic() + 30
-        while not (clone / "calls").exists() or self.INSTALL not in (clone / "calls").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.killpg(process.pid, 9)
-        process.wait()
-        self.calls(clone)
-        assert self.setup(clone).returncode == 0
-        assert self.calls(clone) == [self.VENV, self.INSTALL]
-
-    def test_old_python_is_refused(self, clone):
-        result = self.setup(clone, TOO_OLD="1")
-        assert result.returncode == 2
-        assert "base python: not a Python 3.11 or newer" in result.stderr
-        assert not (clone / ".venv").exists()
-
-    def test_from_another_folder_without_minus_c(self, clone, tmp_path):
-        named = f"PYTHON={tmp_path / 'base python'}"
-        result = call("make", "-f", clone / "Makefile", "setup", named, cwd=tmp_path, **self.environment(clone))
-        assert result.returncode == 0
-        assert self.calls(clone) == [self.VENV, self.INSTALL]
 
 
 class TestReadme:
