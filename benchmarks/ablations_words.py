@@ -14,7 +14,7 @@ from common.cli import UserError, say
 from common.runtime import pick_device
 from latent_diffusion.base import Base, load_base
 from latent_diffusion.drawing import draw_prompts
-from latent_diffusion.miniature.discs import NEAR, concept_colour, disc_difference
+from latent_diffusion.miniature.regions import NEAR, concept_colour, disc_difference
 from latent_diffusion.miniature.scenes import random_scenes
 from p3_controlnet.sample import BASE
 from p3_personalization import custom_diffusion, textual_inversion

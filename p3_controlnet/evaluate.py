@@ -25,13 +25,13 @@ from common.cli import Parser, add_json_argument, check_json, progress, run, wri
 from common.data import read_image
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, colour_named, rgb_to_lab
-from latent_diffusion.miniature.depth import median_colour
 from latent_diffusion.miniature.regions import (
     centre_iou,
     circle_regions,
     deepest,
     hint_regions,
     intersection_over_union,
+    median_colour,
     region_at,
 )
 from latent_diffusion.miniature.scenes import read_prompt

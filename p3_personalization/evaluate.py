@@ -29,7 +29,7 @@ from common.cli import Parser, UserError, add_json_argument, check_json, progres
 from common.data import IMAGE_SUFFIXES, read_image
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from latent_diffusion.clip import Clip
-from latent_diffusion.miniature.discs import NEAR, concept_colour, disc_difference, shown_colours
+from latent_diffusion.miniature.regions import NEAR, concept_colour, disc_difference, shows_colours
 from p3_personalization.generate import EXAMPLES, OUTPUT, ROOT
 from p3_personalization.table import COUNT, Concept, read_table
 
@@ -96,7 +96,7 @@ def judge_discs(
     return {
         "difference": median if np.isfinite(median) else None,  # JSON knows no infinity
         "near": float(np.mean(np.asarray(differences) <= NEAR)),
-        "shown": float(np.mean([all(shown_colours(picture, in_prompt)) for picture in pictures])),
+        "shown": float(np.mean([all(shows_colours(picture, in_prompt)) for picture in pictures])),
     }
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from common.cli import Parser, UserError, progress, run, say
 from common.images import captioned, grid, save_png, staged
 from latent_diffusion.base import Base
-from latent_diffusion.miniature.discs import concept_colour, shown_colours
+from latent_diffusion.miniature.regions import concept_colour, shows_colours
 from p3_personalization.evaluate import read_references
 from p3_personalization.generate import (
     BASE,
@@ -105,7 +105,7 @@ def both(
         rows.append(results[:SHOWN])
         caption = name
         if colours is not None:
-            shown = sum(all(shown_colours(picture.permute(1, 2, 0).numpy(), colours)) for picture in results)
+            shown = sum(all(shows_colours(picture.permute(1, 2, 0).numpy(), colours)) for picture in results)
             numbers[name] = shown / count
             caption = f"{name}: {shown} of {count} show both"
         captions.append(caption)

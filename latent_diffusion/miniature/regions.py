@@ -1,26 +1,44 @@
-"""Which pixels belong together: areas of one colour in an image, and areas between the lines of a hint."""
+"""Which pixels belong together: areas of one colour, discs, and what the lines of a hint enclose."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import ndimage
 
-from latent_diffusion.miniature.colours import rgb_to_lab
-from latent_diffusion.miniature.depth import BLUR, TOLERANCE, depth
+from latent_diffusion.miniature.colours import ciede2000, rgb_to_lab
 
+NEAR = 10.0  # CIEDE2000: up to here a colour is the one that was asked for
+TOLERANCE = 10.0  # CIE76: half of the least difference between two colours of a scene
+BLUR = 3  # pixels beside an area that may be its blurred edge
+RIM = 3 / 128  # of the side: a colour is not measured this near to an edge
+SEEN = 0.01  # of the picture that a disc must cover; the smallest disc of two has 0.03
 LINE = 64  # of 255: from here on a hint's pixel is a line; anti-aliased lines stay closed
 
 
-def centre(image: np.ndarray) -> tuple[int, int]:
-    """Row and column of the pixel at the image's centre, where the course's grader puts its point."""
-    return image.shape[0] // 2, image.shape[1] // 2
+def depth(region: np.ndarray) -> np.ndarray:
+    """Distance of each pixel from the region's edge, infinite if it is the whole picture: float64 (H, W)."""
+    return np.full(region.shape, np.inf) if region.all() else ndimage.distance_transform_edt(region)
 
 
-def around(labels: np.ndarray, point: tuple[int, int]) -> np.ndarray:
-    """The pixels with the same label as one of them: bool (H, W)."""
-    return labels == labels[point]
+def deepest(region: np.ndarray) -> tuple[int, int]:
+    """Row and column of a pixel as far from the region's edge as any."""
+    row, column = np.unravel_index(depth(region).argmax(), region.shape)
+    return int(row), int(column)
 
 
-def from_nearest(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Values (H, W, ...) where each pixel has that of the nearest known pixel; as they are if none is known."""
+def median_colour(image: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """The median of each channel over a region without its rim: float64 (3,), 0 to 255."""
+    inner = depth(region)
+    return np.median(image[inner > min(RIM * len(image), inner.max() - 1)], axis=0)
+
+
+def intersection_over_union(a: np.ndarray, b: np.ndarray) -> float:
+    """How well two regions agree: 0 to 1."""
+    return float((a & b).sum() / max((a | b).sum(), 1))
+
+
+def take_nearest(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Give each pixel the value (H, W, ...) of the nearest known pixel; if none is known, all keep their own."""
     if not known.any():
         return values
     rows, columns = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
@@ -42,23 +60,19 @@ def region_at(image: np.ndarray, point: tuple[int, int]) -> np.ndarray:
     colour = np.median(patch, axis=0)
     like = np.linalg.norm(rgb_to_lab(image) - rgb_to_lab(colour), axis=-1) < TOLERANCE
     like[point] = True
-    area = around(ndimage.label(like)[0], point)
+    labels, _ = ndimage.label(like)
+    area = labels == labels[point]
     # Anti-aliased and blurred pixels at the edge are like neither side; each goes to the side it resembles more: in
     # sRGB, where they were mixed.
     away = ndimage.distance_transform_edt(~area)
     image = image.astype(np.float64)
-    beyond = from_nearest(image, away > BLUR)
+    beyond = take_nearest(image, away > BLUR)
     nearer = np.linalg.norm(image - colour, axis=-1) < np.linalg.norm(image - beyond, axis=-1)
     return area | ((away <= BLUR) & nearer)
 
 
-def centre_region(image: np.ndarray) -> np.ndarray:
-    """The area of one colour that holds the centre of an image, uint8 (H, W, 3): bool (H, W)."""
-    return region_at(image, centre(image))
-
-
 def hint_regions(hint: np.ndarray) -> np.ndarray:
-    """The areas that a hint's lines part from each other; a line is split along its middle.
+    """The areas between a hint's lines; a line is split along its middle.
 
     Args:
         hint: uint8 (H, W, 3), white lines on black.
@@ -74,30 +88,8 @@ def hint_regions(hint: np.ndarray) -> np.ndarray:
     labels, _ = ndimage.label(light < LINE)
     # Faint pixels join the nearest area first: a line's middle is that of its bright pixels.
     for level in (128, 256):
-        labels = np.where(light < level, from_nearest(labels, labels > 0), 0)
+        labels = np.where(light < level, take_nearest(labels, labels > 0), 0)
     return labels[fine // 2 :: fine, fine // 2 :: fine]
-
-
-def grading_point(hint: np.ndarray) -> tuple[int, int]:
-    """The hint's centre or, if a line is so near that the side it lies on is chance, the nearest pixel clear of lines.
-
-    Args:
-        hint: uint8 (H, W, 3).
-
-    Returns:
-        Row and column.
-    """
-    row, column = centre(hint)
-    clear = depth(hint.max(axis=-1) < LINE) > BLUR
-    positions = np.stack(np.indices(clear.shape), axis=-1)
-    row, column = from_nearest(positions, clear)[row, column].tolist()
-    return row, column
-
-
-def centre_iou(hint: np.ndarray, image: np.ndarray) -> float:
-    """How well an image's area at the centre agrees with the hint's, both uint8 (H, W, 3): 0 to 1."""
-    point = grading_point(hint)
-    return intersection_over_union(around(hint_regions(hint), point), region_at(image, point))
 
 
 def circle_regions(labels: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
@@ -118,12 +110,71 @@ def circle_regions(labels: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     return sorted(discs, key=lambda disc: np.nonzero(disc)[1].mean()), labels == background
 
 
-def deepest(region: np.ndarray) -> tuple[int, int]:
-    """Row and column of a pixel as far from the region's edge as any."""
-    row, column = np.unravel_index(depth(region).argmax(), region.shape)
-    return int(row), int(column)
+def grading_point(hint: np.ndarray) -> tuple[int, int]:
+    """Row and column of a hint's centre, where the course's grader puts its point, or of the nearest pixel off lines.
+
+    On a line, chance would decide which side the point belongs to.
+
+    Args:
+        hint: uint8 (H, W, 3).
+    """
+    clear = depth(hint.max(axis=-1) < LINE) > BLUR
+    positions = np.stack(np.indices(clear.shape), axis=-1)
+    row, column = take_nearest(positions, clear)[hint.shape[0] // 2, hint.shape[1] // 2].tolist()
+    return row, column
 
 
-def intersection_over_union(a: np.ndarray, b: np.ndarray) -> float:
-    """How well two regions agree: 0 to 1."""
-    return float((a & b).sum() / max((a | b).sum(), 1))
+def centre_iou(hint: np.ndarray, image: np.ndarray) -> float:
+    """How well an image's area at the centre agrees with the hint's, both uint8 (H, W, 3): 0 to 1."""
+    point, labels = grading_point(hint), hint_regions(hint)
+    return intersection_over_union(labels == labels[point], region_at(image, point))
+
+
+def find_discs(image: np.ndarray) -> list[np.ndarray]:
+    """The areas unlike the background, the largest first; discs that touch are one area.
+
+    The background's colour is the median of the picture's border, which no disc reaches.
+
+    Args:
+        image: uint8 (H, W, 3).
+
+    Returns:
+        bool (H, W) each.
+    """
+    sides = image[:2], image[-2:], image[:, :2], image[:, -2:]
+    background = rgb_to_lab(np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0))
+    labels, _ = ndimage.label(np.linalg.norm(rgb_to_lab(image) - background, axis=-1) > TOLERANCE)
+    sizes = np.bincount(labels.ravel())[1:]
+    areas = [labels == k + 1 for k in np.argsort(-sizes, kind="stable") if sizes[k] > (2 * BLUR) ** 2]
+    return [area for area in areas if depth(area).max() > BLUR]
+
+
+def disc_difference(image: np.ndarray, colour: np.ndarray) -> float:
+    """CIEDE2000 from a colour, sRGB (3,), to the most similar disc's; infinite if there is no disc."""
+    colours = [median_colour(image, area) for area in find_discs(image)]
+    return min((float(ciede2000(rgb_to_lab(own), rgb_to_lab(colour))) for own in colours), default=np.inf)
+
+
+def shows_colours(image: np.ndarray, colours: Sequence[np.ndarray]) -> list[bool]:
+    """For each colour, sRGB (3,), whether the picture shows it: a connected area of a hundredth of the picture.
+
+    Only pixels unlike the background count, each for the colour that it is most like, and only where it is `NEAR`. So
+    discs that touch are told apart, and one disc does not pass for two.
+    """
+    objects = np.logical_or.reduce([np.zeros(image.shape[:2], bool), *find_discs(image)])
+    lab = rgb_to_lab(image)
+    differences = np.stack([ciede2000(lab, rgb_to_lab(colour)) for colour in colours])
+    shown = []
+    for k, own in enumerate(differences):
+        area = objects & (own <= NEAR) & (differences.argmin(axis=0) == k)
+        sizes = np.bincount(ndimage.label(area)[0].ravel())[1:]
+        shown.append(bool(sizes.max(initial=0) >= SEEN * area.size))
+    return shown
+
+
+def concept_colour(pictures: Sequence[np.ndarray]) -> np.ndarray | None:
+    """The colour of the largest disc in pictures of a concept, sRGB (3,); None if any shows no disc."""
+    found = [find_discs(picture) for picture in pictures]
+    if not all(found):
+        return None
+    return np.median([median_colour(picture, discs[0]) for picture, discs in zip(pictures, found)], axis=0)

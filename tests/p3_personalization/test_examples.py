@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from latent_diffusion.miniature.discs import concept_colour, disc_difference
+from latent_diffusion.miniature.regions import concept_colour, disc_difference
 from p3_personalization.concepts import CONCEPTS, PROMPTS, concept_scenes, draw
 from p3_personalization.evaluate import read_references
 from p3_personalization.generate import EXAMPLES

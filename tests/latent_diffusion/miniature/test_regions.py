@@ -1,21 +1,45 @@
-"""Areas of images and hints against the discs that they were drawn from."""
+"""Areas of images and hints, and discs in drawings, against the scenes that they were drawn from."""
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from latent_diffusion.miniature.depth import median_colour
+from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
 from latent_diffusion.miniature.regions import (
     centre_iou,
-    centre_region,
     circle_regions,
+    concept_colour,
     deepest,
+    disc_difference,
+    find_discs,
     grading_point,
     hint_regions,
     intersection_over_union,
+    median_colour,
     region_at,
+    shows_colours,
 )
 from latent_diffusion.miniature.scenes import Circle, Scene, distances, draw_hint, draw_target, random_scenes
+
+WINE, PETROL = np.array([120, 8, 56]), np.array([0, 80, 120])
+PALETTE = COLOURS | {"wine": tuple(WINE), "petrol": tuple(PETROL)}
+LEFT, RIGHT = (36.0, 50.0, 20.0), (92.0, 80.0, 16.0)
+
+
+def draw_discs(*discs, background="light gray", size=128) -> np.ndarray:
+    """A picture of discs, each its place and its colour's name."""
+    scene = Scene(tuple(Circle(*place, name) for place, name in discs), background)
+    return draw_target(scene, size, PALETTE)
+
+
+def blur(picture: np.ndarray, noise: float = 0.0) -> np.ndarray:
+    """As a decoder draws it: edges soft, areas not quite even."""
+    soft = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1.5)), dtype=float)
+    return np.clip(soft + np.random.default_rng(0).normal(0, noise, soft.shape), 0, 255).astype(np.uint8)
+
+
+def from_to(one, other) -> float:
+    return float(ciede2000(rgb_to_lab(one), rgb_to_lab(other)))
 
 
 def inside(circle, size):
@@ -39,11 +63,11 @@ def test_a_hint_agrees_with_the_target_drawn_from_it(size):
             assert intersection_over_union(region_at(target, deepest(region)), inside(circle, size)) >= 0.995
 
 
-def test_the_centre_may_lie_in_disc_or_background():
+def test_an_area_is_the_disc_or_the_background():
     held = disc(60, 70, 30)
-    aside = disc(30, 30, 20)
-    np.testing.assert_array_equal(centre_region(draw_target(held, 128)), inside(held.circles[0], 128))
-    np.testing.assert_array_equal(centre_region(draw_target(aside, 128)), ~inside(aside.circles[0], 128))
+    target = draw_target(held, 128)
+    np.testing.assert_array_equal(region_at(target, (64, 64)), inside(held.circles[0], 128))
+    np.testing.assert_array_equal(region_at(target, (5, 5)), ~inside(held.circles[0], 128))
 
 
 def test_moved_discs_lose_what_geometry_says():
@@ -78,9 +102,9 @@ def test_the_least_visible_colours_are_told_apart():
     drawn = disc(64, 64, 30, "white smoke", "gray")
     picture = draw_target(drawn, 128).astype(int)
     picture[inside(drawn.circles[0], 128)] = (146, 128, 128)  # CIE76 of gray: about 8, below what scenes have
-    assert centre_region(picture.astype(np.uint8)).sum() > 8000
+    assert region_at(picture.astype(np.uint8), (64, 64)).sum() > 8000
     picture[inside(drawn.circles[0], 128)] = (170, 128, 128)  # about 18
-    region = centre_region(picture.astype(np.uint8))
+    region = region_at(picture.astype(np.uint8), (64, 64))
     assert intersection_over_union(region, inside(drawn.circles[0], 128)) > 0.95
 
 
@@ -132,3 +156,79 @@ def test_colours_are_measured_away_from_the_rim():
     tiny = np.zeros((128, 128), bool)
     tiny[5, 7] = True
     assert median_colour(target, tiny).tolist() == [0, 0, 128]
+
+
+@pytest.mark.parametrize(
+    ("make", "least"), [(lambda picture: picture, 0.95), (lambda picture: blur(picture, 1.5), 0.75)]
+)
+def test_discs_are_found_where_they_were_drawn(make, least):
+    found = find_discs(make(draw_discs((RIGHT, "gold"), (LEFT, "wine"))))
+    assert len(found) == 2
+    for region, (x, y, radius) in zip(found, (LEFT, RIGHT)):
+        true = distances(Circle(x, y, radius, ""), 128) < radius
+        assert (region & true).sum() / (region | true).sum() > least
+    assert found[0].sum() > found[1].sum()
+
+
+def test_an_even_picture_has_no_disc():
+    even = draw_discs(background="gold")
+    assert find_discs(even) == []
+    assert disc_difference(even, WINE) == np.inf
+    assert shows_colours(even, [np.array(COLOURS["gold"])]) == [False]
+    specks = even.copy()
+    specks[20:26, 30:36] = 0
+    assert find_discs(specks) == []
+
+
+def test_the_difference_is_that_of_the_disc_most_like_the_colour():
+    picture = draw_discs((LEFT, "gold"), (RIGHT, "crimson"))
+    assert disc_difference(picture, WINE) == pytest.approx(from_to(COLOURS["crimson"], WINE), abs=1e-9)
+    assert disc_difference(picture, COLOURS["gold"]) == 0
+    assert disc_difference(blur(picture, 1.5), WINE) == pytest.approx(from_to(COLOURS["crimson"], WINE), abs=1)
+    # The background's colour is no disc's.
+    assert disc_difference(draw_discs((LEFT, "gold"), background="crimson"), COLOURS["crimson"]) > 20
+
+
+@pytest.mark.parametrize(
+    ("discs", "background", "shown"),
+    [
+        ([(LEFT, "wine"), (RIGHT, "petrol")], "light gray", [True, True]),
+        ([(LEFT, "petrol"), (RIGHT, "wine")], "gold", [True, True]),
+        ([(LEFT, "wine"), (RIGHT, "wine")], "light gray", [True, False]),
+        ([(LEFT, "petrol")], "light gray", [False, True]),
+        ([(LEFT, "petrol")], "wine", [False, True]),
+        ([(LEFT, "gold"), (RIGHT, "indigo")], "light gray", [False, False]),
+        ([((45.0, 64.0, 18.0), "wine"), ((80.0, 64.0, 18.0), "petrol")], "white", [True, True]),
+    ],
+)
+def test_which_concepts_a_picture_shows(discs, background, shown):
+    picture = draw_discs(*discs, background=background)
+    for image in (picture, blur(picture, 1.5)):
+        assert shows_colours(image, [WINE, PETROL]) == shown
+        assert shows_colours(image, [PETROL, WINE]) == shown[::-1]
+
+
+def test_a_blend_of_two_concepts_shows_neither():
+    blend = tuple((WINE + PETROL) // 2)
+    scene = Scene((Circle(*LEFT, "blend"),), "white")
+    assert shows_colours(draw_target(scene, 128, COLOURS | {"blend": blend}), [WINE, PETROL]) == [False, False]
+
+
+def test_one_disc_does_not_pass_for_two_concepts_that_are_alike():
+    alike = WINE + np.array([6, 4, 4])
+    assert 0 < from_to(WINE, alike) < 5
+    assert shows_colours(draw_discs((LEFT, "wine")), [WINE, alike]) == [True, False]
+    assert shows_colours(draw_discs((LEFT, "wine")), [alike]) == [True]
+
+
+def test_a_disc_too_small_is_not_seen():
+    assert shows_colours(draw_discs(((60.0, 60.0, 9.0), "wine")), [WINE]) == [True]
+    assert shows_colours(draw_discs(((60.0, 60.0, 6.0), "wine")), [WINE]) == [False]
+
+
+def test_a_concept_s_colour_is_that_of_its_pictures():
+    pictures = [draw_discs((LEFT, "wine"), ((92.0, 80.0, 8.0), "gold"), background=b) for b in ("white", "black")]
+    assert concept_colour(pictures).tolist() == WINE.tolist()
+    noisy = concept_colour([blur(picture, 3) for picture in pictures])
+    assert from_to(noisy, WINE) < 2
+    assert concept_colour([*pictures, draw_discs(background="white")]) is None
