@@ -20,7 +20,7 @@ from common.checkpoint import save_tensors, write_atomically
 from common.cli import Parser, UserError, progress, run, say
 from common.schedule import NoiseSchedule
 
-KEYS = Path(__file__).resolve().parent.parent / "tests" / "sd_v1_ckpt_keys.json"
+KEYS = Path(__file__).resolve().parent.parent / "latent_diffusion" / "v1" / "published_weights.json"
 KINDS = {"sd_v1": ".ckpt", "controlnet": ".safetensors"}
 POSITIONS = "position_ids"
 

@@ -14,7 +14,7 @@ from benchmarks.counting import Count, count
 from common.runtime import autocast
 from common.schedule import NoiseSchedule
 from common.training import diffusion_loss
-from latent_diffusion.single_file import SD_V1
+from latent_diffusion.files import SD_V1
 from p1_ddpm.model import ContextUNet
 from p2_ddim.model import FaceUNet, FaceUNetConfig
 from p3_controlnet.model import ControlNet

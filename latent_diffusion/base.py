@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from common.cli import UserError
 from common.schedule import NoiseSchedule
-from latent_diffusion.single_file import SD_V1, read_stable_diffusion
+from latent_diffusion.files import SD_V1, read_stable_diffusion
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}

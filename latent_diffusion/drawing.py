@@ -16,7 +16,7 @@ from common.runtime import PRECISIONS, pick_device, pick_precision
 from common.sampling import Denoiser, ImageNoise, Step, check_finite, draw_in_batches, reverse_process
 from common.schedule import NoiseSchedule
 from latent_diffusion.base import Base, load_base, quiet
-from latent_diffusion.single_file import cache_folder
+from latent_diffusion.files import cache_folder
 
 SAMPLERS = ("ddim", "dpm-solver++")
 GUIDANCE_SCALE = 7.5  # what Stable Diffusion is usually drawn with

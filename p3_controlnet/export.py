@@ -12,8 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.checkpoint import half, save_tensors
 from common.cli import Parser, UserError, run, say
-from latent_diffusion.conversion import original_unet_names
-from latent_diffusion.weights_file import CONTROL
+from latent_diffusion.files import original_controlnet_names
 from p3_controlnet.config import ControlNetConfig
 from p3_controlnet.model import ControlNet
 
@@ -56,8 +55,8 @@ def main(args) -> Path:
         if controlnet.config != like_v1:
             raise UserError(f"{args.controlnet}: its base is built unlike Stable Diffusion v1; add --layout diffusers")
         state = controlnet.state_dict()
-        names = original_unet_names(state)
-        state = {CONTROL + names[name]: tensor for name, tensor in state.items()}
+        names = original_controlnet_names()
+        state = {names[name]: tensor for name, tensor in state.items()}
         save_tensors(args.out, state if args.fp32 else half(state), {})
     say(f"{args.out}: a ControlNet in the {args.layout} layout")
     return args.out

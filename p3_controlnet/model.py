@@ -22,9 +22,7 @@ from common.checkpoint import half, load_model_file, load_strictly, load_tensors
 from common.cli import UserError
 from common.layers import zeroed
 from latent_diffusion.base import Base
-from latent_diffusion.conversion import original_unet_names
-from latent_diffusion.single_file import controlnet_part, controlnet_sizes, fill
-from latent_diffusion.weights_file import open_weights
+from latent_diffusion.files import controlnet_sizes, find_controlnet, open_weights
 from p3_controlnet.config import ControlNetConfig, read_config
 from p3_controlnet.unet import encode
 
@@ -184,10 +182,10 @@ class ControlNet(nn.Module):
             state, about = load_model_file(path, "ControlNet")
             config = ControlNetConfig(**about["config"])
         else:
-            names = controlnet_part(file)
+            weights = find_controlnet(file)
             with torch.device("meta"):
-                controlnet = cls(ControlNetConfig(**controlnet_sizes(file, names)))
-            return fill(controlnet, file, names, original_unet_names), {}
+                controlnet = cls(ControlNetConfig(**controlnet_sizes(weights)))
+            return weights.fill(controlnet), {}
         with torch.device("meta"):  # the initial weights would be overwritten anyway
             controlnet = cls(config)
         load_strictly(controlnet.to_empty(device="cpu"), state, str(path))

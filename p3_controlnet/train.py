@@ -27,8 +27,8 @@ from common.schedule import NoiseSchedule
 from common.training import Batch, Trainer, diffusion_loss
 from common.training_options import TrainingOptions, add_training_arguments, training_options
 from latent_diffusion.base import Base, load_base, quiet
+from latent_diffusion.files import cache_folder
 from latent_diffusion.pairs import HELD_OUT_EVERY, Pair, locate, read_hints, read_table
-from latent_diffusion.single_file import cache_folder
 from p3_controlnet.cache import Cache, encode_pairs
 from p3_controlnet.config import ControlNetConfig
 from p3_controlnet.dry_run import one_step

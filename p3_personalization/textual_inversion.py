@@ -27,7 +27,7 @@ from common.training import Trainer
 from common.training_options import add_training_arguments, training_options
 from latent_diffusion.base import Base, load_base
 from latent_diffusion.drawing import draw_prompts
-from latent_diffusion.single_file import cache_folder
+from latent_diffusion.files import cache_folder
 from p3_personalization.learning import (
     ExampleBatches,
     Learned,

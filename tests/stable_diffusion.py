@@ -11,9 +11,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.make_sd_like import random_weights
+from latent_diffusion.files import PUBLISHED
 
 # Names and shapes in the published files.
-KEYS = json.loads((Path(__file__).parent / "sd_v1_ckpt_keys.json").read_text())
+KEYS = json.loads(PUBLISHED.read_text())
 
 
 def randomised(module: nn.Module, seed: int) -> nn.Module:

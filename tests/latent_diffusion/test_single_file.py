@@ -19,9 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from common.cli import UserError
 from latent_diffusion.base import load_base
+from latent_diffusion.files import SD_V1, WeightsFile, cache_folder, make_models
 from latent_diffusion.saving import save_base
-from latent_diffusion.single_file import SD_V1, cache_folder, empty_models
-from latent_diffusion.weights_file import WeightsFile
 from tests.stable_diffusion import KEYS
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
@@ -43,7 +42,7 @@ def same(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
 
 def test_the_published_list_is_matched_without_rest():
     shapes = {name: tuple(shape) for name, shape in KEYS["sd_v1"].items()}
-    models = empty_models(WeightsFile(Path("sd-v1-4.ckpt"), shapes, {}))
+    models = make_models(WeightsFile(Path("sd-v1-4.ckpt"), shapes))
     numbers = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     assert numbers == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
     assert sum(len(model.state_dict()) for model in models.values()) == len(shapes) - 1  # position_ids
@@ -232,7 +231,7 @@ def test_the_cache_is_the_users(monkeypatch, tmp_path):
 def test_reading_in_pieces_gives_the_same(sd_state, base, tmp_path, suffix, monkeypatch):
     path = tmp_path / f"sd.{suffix}"
     torch.save(sd_state, path) if suffix == "ckpt" else save_file(sd_state, path)
-    monkeypatch.setattr("latent_diffusion.weights_file.AT_ONCE", 100_000)
+    monkeypatch.setattr("latent_diffusion.files.AT_ONCE", 100_000)
     assert same(load_base(path).vae, base.vae)
 
 

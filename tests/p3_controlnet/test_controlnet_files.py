@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from common.cli import UserError
 from latent_diffusion.base import load_base
-from latent_diffusion.single_file import controlnet_part, controlnet_sizes
-from latent_diffusion.weights_file import WeightsFile
+from latent_diffusion.files import WeightsFile, controlnet_sizes, find_controlnet
 from p3_controlnet import export, sample
 from p3_controlnet.config import ControlNetConfig
 from p3_controlnet.model import ControlNet, check_fit
@@ -33,10 +32,10 @@ def export_to(out, source, *flags):
 
 
 def test_the_published_list_is_matched_without_rest():
-    file = WeightsFile(Path("control.pth"), {name: tuple(shape) for name, shape in KEYS["controlnet"].items()}, {})
-    names = controlnet_part(file)
-    assert ControlNetConfig(**controlnet_sizes(file, names)) == ControlNetConfig()
-    assert len(names) == len(file.shapes)
+    file = WeightsFile(Path("control.pth"), {name: tuple(shape) for name, shape in KEYS["controlnet"].items()})
+    weights = find_controlnet(file)
+    assert ControlNetConfig(**controlnet_sizes(weights)) == ControlNetConfig()
+    assert len(weights.stored) == len(file.shapes)
 
 
 FORMS = {

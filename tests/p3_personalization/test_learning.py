@@ -10,7 +10,7 @@ from common.cli import UserError
 from common.data import stratified_timesteps
 from common.runtime import seeded_generator
 from latent_diffusion.base import load_base, load_part, prompt_tokens
-from latent_diffusion.single_file import SD_V1
+from latent_diffusion.files import SD_V1
 from p3_personalization.learning import (
     ExampleBatches,
     GrownTable,

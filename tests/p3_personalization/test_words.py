@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from common.cli import UserError
 from latent_diffusion.base import load_base, load_part, quiet
+from latent_diffusion.files import SD_V1, read_config
 from latent_diffusion.saving import save_base
-from latent_diffusion.single_file import SD_V1, configuration
 from p3_personalization.words import (
     add_words,
     check_prompts,
@@ -91,7 +91,7 @@ def test_words_of_diffusers_training_are_read(tmp_path):
 @pytest.mark.slow
 def test_the_full_size_text_encoder_gives_the_same_contexts(base, tmp_path):
     torch.manual_seed(0)
-    encoder = CLIPTextModel(CLIPTextConfig(**configuration("text_encoder"))).eval().requires_grad_(False)
+    encoder = CLIPTextModel(CLIPTextConfig(**read_config("text_encoder"))).eval().requires_grad_(False)
     full = replace(base, text_encoder=encoder, tokenizer=load_part(SD_V1, "tokenizer"))
     path = tmp_path / "words.safetensors"
     save_words(path, random_words(768, new1=4, new2=1), {})
