@@ -1,12 +1,11 @@
-"""The miniature's sizes and tokenizer, the losses and measures of its stages, and the pictures they see."""
+"""The miniature's sizes and tokenizer, and the losses and measures of its stages."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import CLIPTokenizer
 
-from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
+from latent_diffusion.miniature.colours import COLOURS
 from latent_diffusion.miniature.models import (
     learn_merges,
     make_clip,
@@ -15,20 +14,18 @@ from latent_diffusion.miniature.models import (
     make_unet,
     make_vae,
 )
-from latent_diffusion.miniature.pictures import Pictures
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_target
-from latent_diffusion.miniature.stage_clip import contrastive_loss, similarities
-from latent_diffusion.miniature.stage_unet import shows_named_colours
-from latent_diffusion.miniature.stage_vae import RoundTrip, flat_colours, reconstruction_loss, round_trip_quality
-from latent_diffusion.pairs import Pair
+from latent_diffusion.miniature.train import (
+    RoundTrip,
+    contrastive_loss,
+    reconstruction_loss,
+    shows_named_colours,
+    similarities,
+)
 
 PROMPTS = [f"{name} circle and {name} circle with {name} background" for name in COLOURS]
-ONE = Scene((Circle(70.0, 50.0, 30.0, "gold"),), "dark slate blue")
 TWO = Scene((Circle(35.0, 50.0, 20.0, "gold"), Circle(90.0, 80.0, 25.0, "crimson")), "light sea green")
-
-
-def drawn(*scenes, size=128):
-    return torch.stack([torch.from_numpy(draw_target(scene, size)).permute(2, 0, 1) for scene in scenes])
+PICTURE = torch.from_numpy(draw_target(TWO, 128)).permute(2, 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +89,8 @@ def test_unknown_words_are_spelled(tokenizer):
 
 
 def test_the_image_processor_keeps_all_of_a_picture():
-    image = drawn(ONE)
-    pixels = make_image_processor()(image[0], return_tensors="pt").pixel_values
-    assert (pixels - (image / 127.5 - 1)).abs().max() <= 1e-5
+    pixels = make_image_processor()(PICTURE, return_tensors="pt").pixel_values
+    assert (pixels - (PICTURE / 127.5 - 1)).abs().max() <= 1e-5
 
 
 def test_a_round_trip_of_anothers_posterior():
@@ -119,40 +115,11 @@ def test_the_reconstruction_loss_counts_pixels_and_edges():
     assert reconstruction_loss(edge, flat).item() == pytest.approx(0.5 + 1 / 7)
 
 
-def test_flat_colours_are_the_scenes():
-    for scene in (ONE, TWO):
-        colours = [tuple(colour) for colour in flat_colours(draw_target(scene, 128)).tolist()]
-        assert colours[0] == COLOURS[scene.background]
-        assert set(colours[1:]) == {COLOURS[circle.colour] for circle in scene.circles}
-
-
-def test_a_perfect_round_trip_and_two_bad_ones():
-    images = drawn(ONE, TWO)
-    assert round_trip_quality(images, images) == (0, 1)
-
-    red_for_gold = drawn(Scene((Circle(70.0, 50.0, 30.0, "tomato"),), "dark slate blue"))
-    difference, overlap = round_trip_quality(images[:1], red_for_gold)
-    share = (images[0].permute(1, 2, 0) == torch.tensor(COLOURS["gold"])).all(dim=-1).float().mean().item()
-    share /= (
-        share + (images[0].permute(1, 2, 0) == torch.tensor(COLOURS["dark slate blue"])).all(-1).float().mean().item()
-    )
-    apart = ciede2000(rgb_to_lab(COLOURS["gold"]), rgb_to_lab(COLOURS["tomato"]))
-    assert difference == pytest.approx(share * apart, rel=1e-6)
-    assert overlap > 0.98
-
-    moved = drawn(Scene((Circle(85.0, 50.0, 30.0, "gold"),), "dark slate blue"))
-    # Two discs of radius r at a distance d share 2 r^2 acos(d / 2r) - d sqrt(4 r^2 - d^2) / 2.
-    r, d = 30.0, 15.0
-    shared = 2 * r**2 * np.arccos(d / (2 * r)) - d * np.sqrt(4 * r**2 - d**2) / 2
-    assert round_trip_quality(images[:1], moved)[1] == pytest.approx(shared / (2 * np.pi * r**2 - shared), abs=0.01)
-
-
 def test_a_scene_shows_its_own_colours_alone():
-    image = drawn(TWO)[0]
-    assert shows_named_colours(image, TWO.prompt)
-    assert not shows_named_colours(image, TWO.prompt.replace("crimson", "navy"))
-    assert not shows_named_colours(image, TWO.prompt.replace("light sea green", "navy"))
-    assert not shows_named_colours(image, "a poem")
+    assert shows_named_colours(PICTURE, TWO.prompt)
+    for other in ("crimson", "light sea green"):
+        assert not shows_named_colours(PICTURE, TWO.prompt.replace(other, "navy"))
+    assert not shows_named_colours(PICTURE, "a poem")
 
 
 @pytest.fixture
@@ -196,12 +163,3 @@ def test_padding_changes_nothing_before_it(clip_batch, tokenizer):
     assert longer.shape[1] == 77 > batch["input_ids"].shape[1]
     with torch.no_grad():
         assert (similarities(clip, batch) - similarities(clip, batch | {"input_ids": longer})).abs().max() <= 1e-5
-
-
-def test_both_kinds_of_scenes_are_held_out():
-    pairs = [Pair("", "", "two" if k % 2 else "one", "") for k in range(44)]
-    train, held = Pictures(pairs, torch.arange(44)[:, None]).split()
-    assert len(train) == 40
-    assert held.images[:, 0].tolist() == [10, 21, 32, 43]
-    assert [pair.prompt for pair in held.pairs] == ["one", "two", "one", "two"]
-    assert train.images[:, 0].tolist() == [k for k in range(44) if k not in (10, 21, 32, 43)]

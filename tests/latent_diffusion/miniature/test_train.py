@@ -1,5 +1,6 @@
 """The miniature's three stages, with still smaller parts: what each leaves, resume, bad input."""
 
+import json
 import shutil
 from functools import partial
 
@@ -10,13 +11,11 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from common.cli import UserError
-from common.data import to_unit_range
+from common.data import read_image, to_unit_range
+from common.images import save_png
 from latent_diffusion.base import load_base
-from latent_diffusion.miniature import models as miniature
-from latent_diffusion.miniature import stage_clip, stage_unet, stage_vae
-from latent_diffusion.miniature.pictures import read_pictures
-from latent_diffusion.miniature.train import main, parse_arguments
-from p3_controlnet import fill50k
+from latent_diffusion.miniature import models, train
+from latent_diffusion.miniature.scenes import draw_target, random_scenes
 from tests.training import killed_at, metrics, same_files
 
 SMALL = [
@@ -29,8 +28,11 @@ QUIET = ["--save-every", "1000", "--validate-every", "1000", "--sample-every", "
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Forty-four pictures, of which four are held out."""
-    folder = tmp_path_factory.mktemp("circles")
-    fill50k.main(fill50k.parse_arguments([str(folder), "--count", "44"]))
+    folder, lines = tmp_path_factory.mktemp("circles"), []
+    for k, scene in enumerate(random_scenes(44, 128, 0, (1, 2), held_out=False)):
+        save_png(folder / "target" / f"{k}.png", torch.from_numpy(draw_target(scene, 128)).permute(2, 0, 1))
+        lines.append(json.dumps({"source": f"source/{k}.png", "target": f"target/{k}.png", "prompt": scene.prompt}))
+    (folder / "prompt.json").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -38,15 +40,14 @@ def data(tmp_path_factory):
 def smaller():
     """Parts of a few thousand parameters."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage_vae, "make_vae", partial(miniature.make_vae, (4, 4, 8, 8)))
-        patch.setattr(stage_clip, "make_clip", partial(miniature.make_clip, width=16, layers=1))
-        patch.setattr(stage_unet, "make_unet", partial(miniature.make_unet, (16, 32), 16))
-        patch.setattr(stage_unet, "STEPS", 2)
+        patch.setattr(train, "make_vae", partial(models.make_vae, (4, 4, 8, 8)))
+        patch.setattr(train, "make_clip", partial(models.make_clip, width=16, layers=1))
+        patch.setattr(train, "make_unet", partial(models.make_unet, (16, 32), 16))
         yield
 
 
-def train(stage, data, out, *flags):
-    return main(parse_arguments([stage, "--data", str(data), "--out", str(out), *SMALL, *flags]))
+def run(stage, data, out, *flags):
+    return train.main(train.parse_arguments([stage, "--data", str(data), "--out", str(out), *SMALL, *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def finished(data, tmp_path_factory):
     """All stages, four steps each."""
     out = tmp_path_factory.mktemp("base")
     for stage in ("vae", "clip", "unet"):
-        train(stage, data, out)
+        run(stage, data, out)
     return out
 
 
@@ -98,8 +99,8 @@ def test_the_clip_folder_holds_the_pipelines_text_encoder(finished):
 
 
 def test_the_scaling_factor_makes_latents_of_unit_variance(finished, data):
-    train_pictures, _ = read_pictures(data, 128).split()
-    latents = load_base(finished / "pipeline").encode_images(to_unit_range(train_pictures.images))
+    (_, images), _ = train.read_pictures(data)
+    latents = load_base(finished / "pipeline").encode_images(to_unit_range(images))
     assert latents.std().item() == pytest.approx(1, abs=0.01)
 
 
@@ -107,8 +108,8 @@ def test_resumed_stages_take_the_same_steps(finished, data, tmp_path):
     """In every bit; the kill comes a step after the last save."""
     for stage in ("vae", "clip", "unet"):
         with killed_at(3):
-            train(stage, data, tmp_path)
-        train(stage, data, tmp_path)
+            run(stage, data, tmp_path)
+        run(stage, data, tmp_path)
         one, other = (out / "stages" / stage for out in (tmp_path, finished))
         assert metrics(one) == metrics(other)
         assert same_files(one / "state_00000004.safetensors", other / "state_00000004.safetensors")
@@ -121,31 +122,32 @@ def test_an_earlier_part_may_be_trained_again(finished, data, tmp_path):
     """The others stay."""
     out = shutil.copytree(finished, tmp_path / "base")
     shutil.rmtree(out / "stages" / "vae")
-    train("vae", data, out, "--seed", "1")
+    run("vae", data, out, "--seed", "1")
     assert (out / "pipeline" / "model_index.json").exists()
     shutil.rmtree(out / "pipeline" / "unet")
-    train("unet", data, out, "--steps", "5")
+    run("unet", data, out, "--steps", "5")
     load_base(out / "pipeline")
 
 
-def test_the_vae_learns(data, tmp_path, capsys):
-    folder = train("vae", data, tmp_path, "--steps", "40", *QUIET)
-    losses = [line["loss"] for line in metrics(tmp_path / "stages" / "vae") if "loss" in line]
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{folder}: after a round trip of 4 held-out images")
-
-
-def test_clip_learns(data, tmp_path):
-    train("clip", data, tmp_path, "--steps", "40", "--batch-size", "8", *QUIET)
-    losses = [line["loss"] for line in metrics(tmp_path / "stages" / "clip") if "loss" in line]
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
-
-
-def test_the_unet_learns(finished, data, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "batch_size", "measured"),
+    [("vae", 4, "ciede2000"), ("clip", 8, "own_picture_first"), ("unet", 8, "named_colours")],
+)
+def test_every_stage_learns(finished, data, tmp_path, stage, batch_size, measured):
     shutil.copytree(finished / "pipeline", tmp_path / "pipeline")
-    train("unet", data, tmp_path, "--steps", "40", "--batch-size", "8", *QUIET)
-    losses = [line["loss"] for line in metrics(tmp_path / "stages" / "unet") if "loss" in line]
+    run(stage, data, tmp_path, "--steps", "40", "--batch-size", str(batch_size), *QUIET)
+    lines = metrics(tmp_path / "stages" / stage)
+    losses = [line["loss"] for line in lines if "loss" in line]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert [line["step"] for line in lines if measured in line] == [40]
+
+
+def test_every_eleventh_picture_is_held_out(data):
+    learned, held = train.read_pictures(data)
+    prompts = [json.loads(line)["prompt"] for line in (data / "prompt.json").read_text().splitlines()]
+    assert held.prompts == [prompts[k] for k in (10, 21, 32, 43)]
+    assert learned.prompts == [prompts[k] for k in range(44) if k not in (10, 21, 32, 43)]
+    assert (held.images[0].permute(1, 2, 0).numpy() == read_image(data / "target" / "10.png", None)).all()
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_bad_input_is_refused_in_one_line(data, tmp_path, stage, flags, complain
         for k in range(11):
             shutil.copy(data / "target" / f"{k}.png", tmp_path / name / "target")
     with pytest.raises(UserError) as caught:
-        train(stage, data, tmp_path / "out", *(flag.replace("{tmp}", str(tmp_path)) for flag in flags))
+        run(stage, data, tmp_path / "out", *(flag.replace("{tmp}", str(tmp_path)) for flag in flags))
     assert str(caught.value).startswith(complaint.replace("{tmp}", str(tmp_path)))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.safetensors"))
@@ -180,17 +182,6 @@ def test_bad_input_is_refused_in_one_line(data, tmp_path, stage, flags, complain
 def test_bad_stages_are_refused_in_one_line(capsys):
     for flags in ([], ["controlnet"], ["vae", "--prompt-drop", "0.1"]):
         with pytest.raises(SystemExit) as caught:
-            parse_arguments(flags)
+            train.parse_arguments(flags)
         assert caught.value.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_help_shows_the_order(capsys):
-    with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
-    shown = capsys.readouterr().out
-    places = [shown.index(f"python latent_diffusion/miniature/train.py {stage}") for stage in ("vae", "clip", "unet")]
-    assert places == sorted(places)
-    with pytest.raises(SystemExit):
-        parse_arguments(["unet", "--help"])
-    assert "--prompt-drop" in capsys.readouterr().out
