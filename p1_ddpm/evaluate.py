@@ -2,13 +2,15 @@
 
 python evaluate.py OUT                              # a folder filled by hw2_1.sh
 python evaluate.py OUT --classifier Classifier.pth  # with the course's classifier too
-python evaluate.py --seeds 1 2 3 --layout 2024      # drawn here and judged, nothing written
-python evaluate.py --train-judge                    # train the judges anew (minutes)
+python evaluate.py --seeds 1 2 3 --layout 2024      # draw these seeds and judge them, without writing images
 """
 
-import json
+import hashlib
+import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
-from common.checkpoint import load_tensors, save_tensors
-from common.cli import Parser, UserError, add_json_argument, check_json, progress, run
+from common.cli import Parser, UserError, add_json_argument, check_json, options_from, run, shown, write_json
 from common.data import LabelledImages, read_image
-from common.images import check_output_folder, save_png
 from common.metrics import all_distances
 from common.runtime import seeded_generator
-from p1_ddpm.digits import DOMAINS, LAYOUTS, read_digits
-from p1_ddpm.judge import (
-    EPOCHS,
-    IMAGE_SIZE,
-    WEIGHTS,
-    LeNet,
-    LoadedJudge,
-    correct,
-    in_batches,
-    load_classifier,
-    load_judge,
-    train_judge,
-)
-from p1_ddpm.nearest import nearest_training
-from p1_ddpm.sample import DigitSampler, add_sampling_arguments, make_sampler, sampling_options, wanted_digits
+from p1_ddpm.digits import DOMAINS, LAYOUTS, read_real, wanted_digits
+from p1_ddpm.judge import IMAGE_SIZE, WEIGHTS, Judge, LeNet, correct, in_batches, load_classifier, load_judge
+from p1_ddpm.sample import DigitOptions, DigitSampler, add_sampling_arguments
 
-DATA = Path(__file__).resolve().parent.parent / "hw2_data" / "digits"
 NEIGHBOURS = 3  # k of precision and recall
-NEAREST_SAMPLE = 100  # drawn images of a domain whose nearest training images are looked for
-Sets = dict[str, LabelledImages]
+Sets = Mapping[str, LabelledImages]  # by domain
+Figures = dict[str, Any]
 
 
 def read_graded(out: Path, layout: str) -> Sets:
@@ -73,26 +59,12 @@ def read_graded(out: Path, layout: str) -> Sets:
     return sets
 
 
-def draw_sets(sampler: DigitSampler, layout: str, count: int, seed: int, options: dict[str, Any], batch: int) -> Sets:
-    """The images that sample.py would write, in memory."""
+def draw_sets(sampler: DigitSampler, layout: str, count: int, options: DigitOptions) -> Sets:
+    """The images that sample.py would write with the same options, in memory."""
     digits = wanted_digits(sampler.domains, layout, None, count)
-    starts = progress(range(0, len(digits), batch), f"digits of seed {seed}", "part")
-    drawn = torch.cat([sampler.images(digits[i : i + batch], seed, options) for i in starts])
-    everything = LabelledImages(drawn, torch.tensor([d.label for d in digits]), [d.file for d in digits])
-    return {name: everything.take(torch.tensor([d.domain == name for d in digits])) for name in DOMAINS}
-
-
-def read_real(data: Path | None) -> dict[str, tuple[LabelledImages, LabelledImages]]:
-    """Training and held-out images by domain; nothing if no folder is named and the usual one is not there.
-
-    Raises:
-        UserError: the named folder does not hold the course's digits.
-    """
-    if data is None and not DATA.is_dir():
-        print(f"{DATA} is not there, so nothing is compared with real images; name another folder with --data")
-        return {}
-    # The split comes first: all layouts then share one held-out part, the one that no shipped model was trained on.
-    return {domain: images.split() for domain, images in read_digits(data or DATA, size=IMAGE_SIZE).items()}
+    images = torch.stack([image for _, image in sampler.images(digits, options)])
+    drawn = LabelledImages(images, torch.tensor([d.label for d in digits]), [d.file for d in digits])
+    return {domain: drawn.take(torch.tensor([d.domain == domain for d in digits])) for domain in DOMAINS}
 
 
 def matched(sets: Sequence[LabelledImages]) -> list[LabelledImages]:
@@ -105,116 +77,91 @@ def matched(sets: Sequence[LabelledImages]) -> list[LabelledImages]:
     return parts
 
 
-def compare(judge: LoadedJudge, drawn: LabelledImages, train: LabelledImages, held: LabelledImages) -> dict[str, Any]:
-    """Distances of drawn from held-out images on the judge's features, and of training images as the yardstick.
+def compare(
+    judge: Judge, drawn: LabelledImages, train: LabelledImages, held: LabelledImages
+) -> tuple[Figures, Figures]:
+    """Distances from held-out images of the drawn images and, as a yardstick, of training images.
 
-    All three sets have equal counts of every digit, which brings the kernel distance of like sets slightly below zero:
-    they differ less than sets drawn at random. Empty if they have too few digits in common.
+    They are measured on the judge's features, with equal counts of every digit in all three sets. Such sets differ less
+    than sets drawn at random, so the kernel distance of like sets comes out slightly below zero. Both results are empty
+    if the sets have too few digits in common.
     """
     parts = matched([drawn, train, held])
     if len(parts[0]) <= NEIGHBOURS:
-        return {}
-    drawn, train, held = (in_batches(judge.model.features, part.images) for part in parts)
-    yardstick = all_distances(held, train, NEIGHBOURS)
-    return all_distances(held, drawn, NEIGHBOURS) | {"compared": len(held), "yardstick": yardstick}
+        return {}, {}
+    drawn, train, held = (in_batches(judge.features, part.images) for part in parts)
+    of_drawn, of_train = (all_distances(held, features, NEIGHBOURS) for features in (drawn, train))
+    return of_drawn | {"compared": len(held)}, of_train | {"images": len(held)}
 
 
-def score(
-    sets: Sets, judges: Mapping[str, LoadedJudge], classifier: LeNet | None, real: Mapping[str, tuple]
-) -> dict[str, Any]:
-    """All figures of one set of digits: `score`, the mean of the domains' accuracies, and a part for each domain."""
-    result = {}
+def measure(
+    sets: Sets, judges: Mapping[str, Judge], real: Mapping[str, tuple], classifier: LeNet | None = None
+) -> tuple[Figures, Figures]:
+    """Measure one set of digits.
+
+    Args:
+        sets: drawn images by domain.
+        judges: by domain.
+        real: training and held-out images by domain, of those domains that are to be compared.
+        classifier: the course's, for mnistm.
+
+    Returns:
+        Figures: `score`, the course's mean of both domains' accuracies, and those of each domain. Yardsticks: for each
+        domain, what held-out and training images get in the place of drawn ones.
+    """
+    figures, yardsticks = {}, {}
     for domain, images in sets.items():
         judge = judges[domain]
-        right = correct(judge.model, images)
-        figures = {
-            "images": len(images),
-            "accuracy": right.double().mean().item(),
-            "digits": {int(d): right[images.labels == d].double().mean().item() for d in images.labels.unique()},
-            "judge_held_out_accuracy": judge.about["held_out_accuracy"],
+        right = correct(judge, images).double()
+        by_digit = {
+            str(digit): right[images.labels == digit].mean().item() for digit in images.labels.unique().tolist()
         }
+        found = {"images": len(images), "accuracy": right.mean().item(), "accuracy_by_digit": by_digit}
+        held_out = {"images": judge.about["held_out"], "accuracy": judge.about["held_out_accuracy"]}
+        figures[domain], yardsticks[domain] = found, {"held_out_images": held_out}
         if classifier and domain == "mnistm":
-            figures["classifier_accuracy"] = correct(classifier, images).double().mean().item()
+            found["classifier_accuracy"] = correct(classifier, images).double().mean().item()
             if domain in real:
-                figures["classifier_held_out_accuracy"] = correct(classifier, real[domain][1]).double().mean().item()
+                held_out["classifier_accuracy"] = correct(classifier, real[domain][1]).double().mean().item()
         if domain in real:
-            figures |= compare(judge, images, *real[domain])
-        result[domain] = figures
-    return {"score": sum(result[domain]["accuracy"] for domain in result) / len(result)} | result
+            distances, training = compare(judge, images, *real[domain])
+            found |= distances
+            yardsticks[domain] |= {"training_images": training} if training else {}
+    return {"score": statistics.fmean(found["accuracy"] for found in figures.values())} | figures, yardsticks
+
+
+def summarize(values: Sequence[Any]) -> Figures:
+    """The mean and its standard error over sets of digits, of every figure in them."""
+    if isinstance(values[0], Mapping):
+        return {name: summarize([value[name] for value in values]) for name in values[0] if name != "source"}
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "standard_error": error}
 
 
 def percent(part: float) -> str:
     return f"{100 * part:.2f} %"
 
 
-def report(results: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table a domain, with a row a set of digits and the yardstick beneath, and the course's mean."""
+def report(results: Figures) -> None:
+    """Print a table a domain, with a row a set of digits and the yardsticks beneath, and the course's mean."""
+    rows, mean = results["sets"], results["mean"]
+    columns = dict.fromkeys(("accuracy", "classifier_accuracy"), percent)
+    columns |= dict.fromkeys(("frechet", "kernel", "precision", "recall"), "{:.3f}".format)
     for domain in DOMAINS:
-        rows = [result[domain] for result in results]
-        print(
-            f"\n{domain}: {rows[0]['images']} images a row; the judge gets"
-            f" {percent(rows[0]['judge_held_out_accuracy'])} of real held-out images right"
-        )
-        table = pd.DataFrame(
-            [{key: value for key, value in row.items() if isinstance(value, float)} for row in rows],
-            index=[result["source"] for result in results],
-        ).drop(columns=["judge_held_out_accuracy", "classifier_held_out_accuracy"], errors="ignore")
-        if len(table) > 1:
-            table.loc["mean"] = table.mean()
-        if "yardstick" in rows[0]:
-            table.loc["training images"] = pd.Series(rows[0]["yardstick"])
-        formats = dict.fromkeys(("frechet", "kernel", "precision", "recall"), "{:.3f}".format)
-        formats |= dict.fromkeys(("accuracy", "classifier_accuracy"), percent)
-        print(table.to_string(formatters=formats, na_rep="", line_width=120))
-        if "compared" in rows[0]:
-            print(f"distances: {rows[0]['compared']} images against as many held-out ones of the same digits")
-        digits = pd.DataFrame([row["digits"] for row in rows]).mean()
-        print("by digit: " + ", ".join(f"{digit} {percent(part)}" for digit, part in digits.items()))
-        if "classifier_held_out_accuracy" in rows[0]:
-            held = percent(rows[0]["classifier_held_out_accuracy"])
-            print(f"the course's classifier gets {held} of real held-out images right")
-    print(f"\nmean of the two accuracies: {percent(sum(result['score'] for result in results) / len(results))}")
-    if "classifier_accuracy" in results[0]["mnistm"]:
-        means = [(result["mnistm"]["classifier_accuracy"] + result["svhn"]["accuracy"]) / 2 for result in results]
-        print(f"with the course's classifier for mnistm: {percent(sum(means) / len(means))}")
-
-
-def record(weights: Path, layout: str, seeds: Sequence[int], options: Mapping[str, Any], results: Sequence) -> None:
-    """Keep the mean figures of these seeds, and how they were drawn, among the facts in the weights file."""
-    tensors, about = load_tensors(weights)
-    names = ("accuracy", "frechet", "precision", "recall")
-    means = {
-        domain: {n: sum(r[domain][n] for r in results) / len(results) for n in names if n in results[0][domain]}
-        for domain in DOMAINS
-    }
-    figures = means | {"score": sum(r["score"] for r in results) / len(results), "seeds": list(seeds)} | dict(options)
-    about["figures"] = about.get("figures", {}) | {layout: figures}
-    save_tensors(weights, tensors, about)
-
-
-def show_nearest(path: Path, sets: Sets, judges: Mapping[str, LoadedJudge], real: Mapping[str, tuple]) -> None:
-    """Write a figure of drawn images above their nearest training images, and print how near they lie."""
-    pictures = []
-    for domain in [domain for domain in sets if domain in real]:
-        train, held = real[domain]
-        parts = matched([sets[domain], held])
-        if not len(parts[0]):
-            continue
-        sample = torch.linspace(0, len(parts[0]) - 1, min(NEAREST_SAMPLE, len(parts[0]))).long()
-        title = f"{domain}: drawn digits, the distance to the nearest training image (levels of 255), and that image"
-        drawn, held = (part.take(sample) for part in parts)
-        picture, distances = nearest_training(drawn, held, train, judges[domain].model, title)
-        pictures.append(picture)
-        print(
-            f"\n{domain}: nearest of {len(train)} training images, for {len(sample)} drawn and as many held-out images"
-        )
-        print(pd.DataFrame(distances.values(), index=list(distances)).to_string(float_format="{:.2f}".format))
-    if not pictures:
-        raise UserError("--nearest: the real images show none of the drawn digits; name another folder with --data")
-    widest = max(picture.shape[2] for picture in pictures)
-    padded = [F.pad(picture, (0, widest - picture.shape[2], 0, 8), value=255) for picture in pictures]
-    save_png(path, torch.cat(padded, dim=1))
-    print(f"\nfigure: {path}")
+        table = pd.DataFrame([row[domain] for row in rows], index=[row["source"] for row in rows])
+        table = table[[name for name in columns if name in table]]
+        if len(rows) > 1:
+            table = pd.concat([table, table.agg(["mean", "sem"]).rename({"sem": "standard error"})])
+        for name, figures in results["yardsticks"][domain].items():
+            table.loc[f"{figures['images']} {name.replace('_', ' ')}"] = pd.Series(figures)
+        print(f"\n{domain}, {rows[0][domain]['images']} images a row")
+        print(table.to_string(formatters=columns, na_rep="", line_width=120))
+        digits = mean[domain]["accuracy_by_digit"].items()
+        print("by digit: " + ", ".join(f"{digit} {percent(part['mean'])}" for digit, part in digits))
+    print(f"\nmean of the two accuracies: {percent(mean['score']['mean'])}")
+    if "classifier_accuracy" in mean["mnistm"]:
+        both = (mean["mnistm"]["classifier_accuracy"]["mean"] + mean["svhn"]["accuracy"]["mean"]) / 2
+        print(f"with the course's classifier for mnistm: {percent(both)}")
 
 
 def parse_arguments(argv: list[str] | None = None):
@@ -228,69 +175,42 @@ def parse_arguments(argv: list[str] | None = None):
     judging.add_argument("--data", type=Path, help="the course's digits folder, if not hw2_data/digits")
     judging.add_argument("--classifier", type=Path, help="the course's Classifier.pth, for mnistm")
     judging.add_argument("--judges", type=Path, default=WEIGHTS, help="folder of the judges' weights")
-    add_json_argument(parser, "append all figures to this file, a line a row")
-    judging.add_argument("--nearest", type=Path, metavar="PNG", help="draw a figure of nearest training images")
-    judging.add_argument("--record", action="store_true", help="write the means into the weights file, as its figures")
-    judging.add_argument("--train-judge", action="store_true", help="train the judges on real images, then stop")
-    add_sampling_arguments(parser)
+    add_json_argument(parser)
+    add_sampling_arguments(parser, leave_out=("seed",))
     return parser.parse_args(argv)
 
 
-def train_judges(args) -> list[Path]:
-    """Train a judge for each domain of the data; returns their files."""
-    check_output_folder(args.judges)
-    paths = []
-    for domain, images in read_digits(args.data or DATA, size=IMAGE_SIZE).items():
-        options = {"seed": args.seed, "precision": args.precision, "device": args.device}
-        paths.append(train_judge(domain, images, EPOCHS[domain], args.judges, **options))
-        about = load_tensors(paths[-1])[1]
-        print(f"{paths[-1]}: {percent(about['held_out_accuracy'])} of {about['held_out']} held-out images right")
-    return paths
-
-
-def main(args) -> list[dict[str, Any]] | list[Path]:
-    """Judge, print, and return the figures, one dictionary a row; with --train-judge, the judges' files."""
-    if args.train_judge:
-        return train_judges(args)
+def main(args) -> Figures:
+    """Judge and print; returns the settings, the figures of each set, their means, and the yardsticks."""
     if args.out and args.seeds:
         raise UserError(f"--seeds: {args.out} is already drawn; leave out one of the two")
-    if args.out and args.record:
-        raise UserError(f"--record: nobody knows which weights drew {args.out}; name --seeds instead")
-    if args.count < 1 or args.batch_size < 1:
-        raise UserError(f"--count {args.count} --batch-size {args.batch_size}: both start at 1")
+    options = options_from(args, DigitOptions)
     check_json(args.json)
-    if args.nearest:
-        check_output_folder(args.nearest.parent)
     judges = {domain: load_judge(args.judges, domain) for domain in DOMAINS}
     classifier = load_classifier(args.classifier) if args.classifier else None
+    settings = {"layout": args.layout}
     if args.out:
-        drawn = {str(args.out): read_graded(args.out, args.layout)}
-        facts = {"layout": args.layout}
+        settings["folder"] = str(args.out)
+        drawn = [(str(args.out), read_graded(args.out, args.layout))]
     else:
-        sampler = make_sampler(args)
-        options = sampling_options(args, sampler)
+        sampler = DigitSampler(args.weights, options.device, options.precision)
         if sampler.domains != DOMAINS:
             raise UserError(f"{args.weights}: draws {', '.join(sampler.domains)}, not digits; name another file")
-        drawn = {
-            f"seed {seed}": draw_sets(sampler, args.layout, args.count, seed, options, args.batch_size)
-            for seed in args.seeds or [args.seed]
-        }
-        facts = {"layout": args.layout, "weights": str(args.weights), "step": sampler.about.get("step")} | options
+        seeds = args.seeds or [options.seed]
+        seeded = [replace(options, seed=seed) for seed in seeds]
+        drawn = ((f"seed {one.seed}", draw_sets(sampler, args.layout, args.count, one)) for one in seeded)
+        settings |= asdict(options) | {"precision": sampler.precision, "device": str(sampler.device)}
+        settings |= {"seeds": seeds, "count": args.count, "weights": shown(args.weights)}
+        settings["weights_sha256"] = hashlib.sha256(args.weights.read_bytes()).hexdigest()
+        del settings["seed"]
     real = read_real(args.data)
-    if args.nearest and not real:
-        raise UserError("--nearest: needs the real images; name their folder with --data")
-    results = [{"source": source} | facts | score(sets, judges, classifier, real) for source, sets in drawn.items()]
+    rows = []
+    for source, sets in drawn:
+        figures, yardsticks = measure(sets, judges, real, classifier)
+        rows.append({"source": source} | figures)
+    results = {"settings": settings, "sets": rows, "mean": summarize(rows), "yardsticks": yardsticks}
     report(results)
-    if args.record:
-        record(args.weights, args.layout, args.seeds or [args.seed], options, results)
-    if args.nearest:
-        show_nearest(args.nearest, next(iter(drawn.values())), judges, real)
-    if args.json:
-        try:
-            with open(args.json, "a") as file:
-                file.writelines(json.dumps(result) + "\n" for result in results)
-        except OSError as error:
-            raise UserError(f"{args.json}: cannot be written ({error.strerror}); choose another file") from None
+    write_json(args.json, results)
     return results
 
 

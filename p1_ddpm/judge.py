@@ -1,47 +1,38 @@
 """The judges: who says which digit an image shows, for each domain, and the course's own LeNet.
 
 A judge is a small residual network trained on real images only. It scores what the diffusion model draws, and is never
-used to train it or to pick its images. `python evaluate.py --train-judge` makes the shipped ones.
+used to train it or to pick its images.
+
+python judge.py --out runs/judges   # train a judge for each domain, as the shipped ones were
 """
 
 import math
+import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.checkpoint import half, load_model_file, load_pt, load_strictly, save_tensors
-from common.cli import UserError, progress
-from common.data import LabelledImages, jitter, shuffled_indices, to_unit_range
+from common.cli import Parser, UserError, progress, run
+from common.data import Batch, LabelledImages, jitter, shuffled_indices, to_unit_range
+from common.images import check_output_folder
 from common.training_options import TrainingOptions
+from p1_ddpm.digits import DATA, ROOT, read_digits
 
 IMAGE_SIZE = 28
+WIDTHS = (32, 64, 128)
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 # How often a judge sees each image of its domain; SVHN's are few.
 EPOCHS = {"mnistm": 3, "svhn": 40}
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """Everything needed to rebuild a `Judge`.
-
-    Args:
-        num_labels: digits to tell apart.
-        widths: channels at full, half and quarter resolution; the last is also the number of features.
-        dropout: probability that a feature is dropped before the last layer.
-    """
-
-    num_labels: int = 10
-    widths: tuple[int, int, int] = (32, 64, 128)
-    dropout: float = 0.2
-
-    def __post_init__(self):
-        object.__setattr__(self, "widths", tuple(self.widths))
 
 
 class ResidualBlock(nn.Module):
@@ -61,16 +52,12 @@ class ResidualBlock(nn.Module):
 
 
 class Judge(nn.Module):
-    """Classifies one domain's digits.
+    """Classifies one domain's digits; `widths` are the channels at full, half and quarter resolution."""
 
-    Args:
-        config: sizes; see `JudgeConfig`.
-    """
-
-    def __init__(self, config: JudgeConfig = JudgeConfig()):
+    def __init__(self, num_labels: int = 10, widths: Sequence[int] = WIDTHS, dropout: float = 0.2):
         super().__init__()
-        self.config = config
-        fine, middle, coarse = config.widths
+        self.about: dict[str, Any] = {"config": {"num_labels": num_labels, "widths": widths, "dropout": dropout}}
+        fine, middle, coarse = widths
         self.body = nn.Sequential(
             nn.Conv2d(3, fine, 3, padding=1, bias=False),
             nn.BatchNorm2d(fine),
@@ -80,11 +67,11 @@ class Judge(nn.Module):
             ResidualBlock(middle, coarse, 2),
             ResidualBlock(coarse, coarse, 1),
         )
-        self.dropout = nn.Dropout(config.dropout)
-        self.last = nn.Linear(coarse, config.num_labels)
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Linear(coarse, num_labels)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the last layer sees: images (N, 3, 28, 28) in [-1, 1] -> (N, widths[-1])."""
+        """What the last layer sees, before dropout: images (N, 3, 28, 28) in [-1, 1] -> (N, widths[-1])."""
         return self.body(images).mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -109,31 +96,23 @@ class LeNet(nn.Module):
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(h)))))
 
 
-class LoadedJudge(NamedTuple):
-    """A judge and what is known about it (`held_out_accuracy`, `training`, ...)."""
-
-    model: Judge
-    about: dict[str, Any]
-
-
 def judge_path(folder: Path, domain: str) -> Path:
     """Where a domain's judge lies."""
     return Path(folder) / f"judge_{domain}.safetensors"
 
 
-def load_judge(folder: Path, domain: str) -> LoadedJudge:
-    """The judge of a domain.
+def load_judge(folder: Path, domain: str) -> Judge:
+    """The judge of a domain; its `about` holds the facts in its file, such as `held_out_accuracy`.
 
     Raises:
         UserError: it is missing, truncated, or something else.
     """
     path = judge_path(folder, domain)
-    if not path.exists():
-        raise UserError(f"{path}: no such judge; restore it with git, or train it with evaluate.py --train-judge")
     state, about = load_model_file(path, "Judge")
-    model = Judge(JudgeConfig(**about["config"]))
-    load_strictly(model, state, str(path))
-    return LoadedJudge(model.eval(), about)
+    judge = Judge(**about["config"])
+    load_strictly(judge, state, str(path))
+    judge.about = about
+    return judge.eval()
 
 
 def load_classifier(path: Path) -> LeNet:
@@ -151,7 +130,7 @@ def load_classifier(path: Path) -> LeNet:
 
 
 @torch.inference_mode()
-def in_batches(function, images: Tensor, batch_size: int = 500) -> Tensor:
+def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 500) -> Tensor:
     """`function` of uint8 images (N, 3, H, W), which it gets in [-1, 1], a batch at a time."""
     return torch.cat([function(to_unit_range(part)) for part in progress(images.split(batch_size), "judging", "part")])
 
@@ -162,12 +141,9 @@ def correct(model: nn.Module, images: LabelledImages) -> Tensor:
 
 
 def distort(images: Tensor, generator: torch.Generator, turn: float = 10, zoom: float = 0.12) -> Tensor:
-    """Images turned, stretched and slanted a little, each in its own way; edges are repeated, nothing is mirrored.
+    """Each image (N, C, H, W) turned and slanted by up to `turn` degrees and stretched by up to a share `zoom`.
 
-    Args:
-        images: float (N, C, H, W).
-        turn: largest rotation and slant, degrees.
-        zoom: largest relative change of width and height.
+    Edges are repeated; nothing is mirrored.
     """
     n = len(images)
     angle, slant = (torch.rand(2, n, generator=generator) * 2 - 1) * math.radians(turn)
@@ -182,61 +158,29 @@ def distort(images: Tensor, generator: torch.Generator, turn: float = 10, zoom: 
 
 
 def tint(images: Tensor, generator: torch.Generator, strength: float = 0.2) -> Tensor:
-    """Images whose colour channels are scaled apart, and half of them turned to their negative."""
+    """Images whose colour channels are scaled by different factors; half of them become their negative."""
     n, channels = images.shape[:2]
     gain = 1 + strength * (torch.rand(n, channels, 1, 1, generator=generator) * 2 - 1)
     sign = torch.randint(0, 2, (n, 1, 1, 1), generator=generator) * 2 - 1
     return (images * gain * sign).clamp(-1, 1)
 
 
-class JudgeBatches:
-    """Draws distorted training images.
-
-    Args:
-        images: what to draw from.
-        batch_size: images a batch.
-        seed: of the order in which they come.
-    """
-
-    def __init__(self, images: LabelledImages, batch_size: int, seed: int):
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-
-    def __call__(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        index = shuffled_indices(len(self.images), self.seed, step * self.batch_size, self.batch_size)
-        images = distort(to_unit_range(self.images.images[index]), generator)
-        images = tint(jitter(images, generator, shift=2, contrast=0.3), generator)
-        return {"images": images, "labels": self.images.labels[index]}
+def draw_batch(images: LabelledImages, batch_size: int, seed: int, step: int, generator: torch.Generator) -> Batch:
+    """The distorted images and the labels of a training step."""
+    index = shuffled_indices(len(images), seed, step * batch_size, batch_size)
+    distorted = jitter(distort(to_unit_range(images.images[index]), generator), generator, shift=2, contrast=0.3)
+    return {"images": tint(distorted, generator), "labels": images.labels[index]}
 
 
-def judge_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Cross-entropy. Smoothed labels would score no better and crowd a class's features together, which
-    precision and recall are measured on."""
+def judge_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy, without label smoothing: that would crowd each class's features together, and precision and
+    recall are measured on those."""
     images = batch["images"].contiguous(memory_format=torch.channels_last)
     return F.cross_entropy(model(images).float(), batch["labels"])
 
 
-def judge_options(steps: int, **changed) -> TrainingOptions:
-    """How a judge is trained; `changed` fields differ."""
-    usual = {
-        "lr": 4e-3,
-        "weight_decay": 0.05,
-        "warmup": steps // 8,
-        "decay": "cosine",
-        "decay_fraction": 0.85,
-        "clip": 5.0,
-        "ema": 0.99,
-    }
-    return TrainingOptions(**usual | changed, steps=steps, save_every=steps)
-
-
 def train_judge(
-    domain: str,
-    images: LabelledImages,
-    epochs: float,
-    folder: Path = WEIGHTS,
-    config: JudgeConfig = JudgeConfig(),
-    batch_size: int = 128,
-    **changed,
+    domain: str, images: LabelledImages, epochs: float, folder: Path, widths: Sequence[int] = WIDTHS, **changed
 ) -> Path:
     """Train a domain's judge on the training part of `images.split()`, and measure it once on the held-out part.
 
@@ -245,9 +189,8 @@ def train_judge(
         images: real images of that domain, 28x28.
         epochs: how often each image is seen.
         folder: where the finished weights go.
-        config: sizes of the network.
-        batch_size: images an optimizer step.
-        changed: fields of `TrainingOptions` that differ from `judge_options`.
+        widths: see `Judge`.
+        changed: fields of `TrainingOptions` that differ from the shipped judges'.
 
     Returns:
         The written file; its facts hold `held_out_accuracy` (0 to 1) and `held_out` (how many images).
@@ -255,18 +198,50 @@ def train_judge(
     from common.training import Trainer  # here, because judging needs none of what it imports
 
     train, held = images.split()
-    options = judge_options(max(1, round(epochs * len(train) / batch_size)), batch_size=batch_size, **changed)
+    batch_size = changed.setdefault("batch_size", 128)
+    steps = max(1, round(epochs * len(train) / batch_size))
+    usual = {"lr": 4e-3, "weight_decay": 0.05, "warmup": steps // 8, "clip": 5.0, "ema": 0.99}
+    usual |= {"decay": "cosine", "decay_fraction": 0.85, "save_every": steps, "steps": steps}
+    options = TrainingOptions(**usual | changed)
     torch.manual_seed(options.seed)
-    about = {"kind": "Judge", "config": asdict(config), "domain": domain, "image_size": IMAGE_SIZE}
-    # A judge takes minutes and starts anew when asked for again, so its training state is kept nowhere.
-    with tempfile.TemporaryDirectory() as states:
-        batches = JudgeBatches(train, batch_size, options.seed)
-        model = Trainer(Judge(config), options, Path(states), about, batches, judge_loss).run()
+    judge = Judge(widths=widths)
+    about = judge.about | {"kind": "Judge", "domain": domain, "image_size": IMAGE_SIZE}
+    batches = partial(draw_batch, train, batch_size, options.seed)
+    with tempfile.TemporaryDirectory() as states:  # its training states are not kept
+        trainer = Trainer(
+            model=judge, options=options, folder=Path(states), about=about, make_batch=batches, loss_fn=judge_loss
+        )
+        averaged = trainer.run()
     # Measured as it will be loaded: from fp16 weights.
-    state = half(model.state_dict())
-    load_strictly(judge := Judge(config), state, domain)
-    accuracy = correct(judge.eval(), held).double().mean().item()
+    state = half(averaged.state_dict())
+    loaded = Judge(**judge.about["config"]).eval()
+    load_strictly(loaded, state, domain)
+    about["held_out_accuracy"] = correct(loaded, held).double().mean().item()
     path = judge_path(folder, domain)
-    facts = {"held_out_accuracy": accuracy, "held_out": len(held), "trained_on": len(train), "epochs": epochs}
-    save_tensors(path, state, about | facts | {"training": asdict(options)})
+    about |= {"held_out": len(held), "trained_on": len(train), "epochs": epochs, "training": asdict(options)}
+    save_tensors(path, state, about)
     return path
+
+
+def parse_arguments(argv: list[str] | None = None):
+    parser = Parser(prog="judge.py", description=__doc__)
+    group = parser.add_argument_group("training")
+    group.add_argument("--data", type=Path, default=DATA, help="the course's digits folder")
+    group.add_argument("--out", type=Path, default=ROOT / "runs" / "judges", help="folder for the judges' weights")
+    group.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:1, ...")
+    return parser.parse_args(argv)
+
+
+def main(args) -> list[Path]:
+    """Train a judge for each domain of the data; returns their files."""
+    check_output_folder(args.out)
+    paths = []
+    for domain, images in read_digits(args.data, IMAGE_SIZE).items():
+        paths.append(train_judge(domain, images, EPOCHS[domain], args.out, device=args.device))
+        about = load_judge(args.out, domain).about
+        print(f"{paths[-1]}: {100 * about['held_out_accuracy']:.2f} % of {about['held_out']} held-out images right")
+    return paths
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())

@@ -1,8 +1,11 @@
-"""The Context-UNet: a small U-Net whose features are scaled and shifted by time and by what is to be drawn.
+"""The Context-UNet: a small U-Net in which the timestep and the class scale and shift the features.
 
-Time and context travel together. One embedding table covers the twenty joint classes (domain, digit) and one null
-class for classifier-free guidance; its row is added to the time embedding, and every residual block turns the sum
-into a scale and a shift of its normalised features (Dhariwal and Nichol 2021, appendix A, "adaptive group norm").
+One embedding table holds a row for each of the twenty joint classes (domain, digit) and one for the null class of
+classifier-free guidance. The class's row is added to the time embedding, and every residual block turns the sum into a
+scale and a shift of its normalised features (Dhariwal and Nichol 2021, appendix A, "adaptive group norm").
+
+Small images with few channels keep a processor waiting, so the stem folds blocks of pixels into channels: 28x28x3
+becomes 14x14x12, the same work in a quarter of the positions.
 """
 
 import math
@@ -19,35 +22,21 @@ from common.layers import group_norm, zeroed
 class ContextUNetConfig:
     """Everything needed to rebuild a `ContextUNet`; stored in every checkpoint.
 
-    Args:
-        num_labels: how many classes can be drawn; label `num_labels` is the null label ("no condition").
-        image_channels: colour channels of the images.
-        patch_size: side of the pixel blocks folded into channels by the stem (1 = none). Small images with few
-            channels waste a processor; 28x28x3 folded to 14x14x12 does the same work in a quarter of the positions.
-        widths: channels of each level, finest first; every level after the first halves the grid.
-        blocks: residual blocks of each level in the encoder (the decoder has as many).
-        middle_blocks: residual blocks at the coarsest grid between encoder and decoder.
-        attention: whether each level's blocks attend over all positions.
-        middle_attention: whether the middle's blocks do.
-        heads: attention heads; they divide the width of every level that attends.
-        embedding: width of the time and context embeddings.
-        dropout: dropout probability inside residual blocks.
-
     Raises:
         ValueError: the sizes do not fit one another.
     """
 
-    num_labels: int = 20
+    num_labels: int = 20  # classes that can be drawn; label `num_labels` is the null label ("no condition")
     image_channels: int = 3
-    patch_size: int = 2
-    widths: tuple[int, ...] = (96, 192)
-    blocks: tuple[int, ...] = (1, 2)
-    middle_blocks: int = 1
-    attention: tuple[bool, ...] = (False, False)
-    middle_attention: bool = True
-    heads: int = 2
-    embedding: int = 384
-    dropout: float = 0.0
+    patch_size: int = 2  # side of the blocks of pixels that the stem folds into channels; 1 folds none
+    widths: tuple[int, ...] = (96, 192)  # channels of each level, finest first; each level halves the grid before it
+    blocks: tuple[int, ...] = (1, 2)  # residual blocks of each level in the encoder; the decoder has as many
+    middle_blocks: int = 1  # residual blocks between encoder and decoder
+    attention: tuple[bool, ...] = (False, False)  # whether each level's blocks attend over all positions
+    middle_attention: bool = True  # whether the middle's blocks do
+    heads: int = 2  # attention heads; they divide the width of every level that attends
+    embedding: int = 384  # width of the time and context embeddings
+    dropout: float = 0.0  # probability of dropout inside residual blocks
 
     def __post_init__(self):
         for name in ("widths", "blocks", "attention"):
@@ -72,14 +61,9 @@ class ContextUNetConfig:
 
 
 def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of the timestep (Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B).
+    """Sinusoids of timesteps (N,): float32 (N, width), sines, then cosines; `width` is even.
 
-    Args:
-        t: timesteps, shape (N,).
-        width: even number of features.
-
-    Returns:
-        float32 tensor (N, width): sines, then cosines.
+    Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
     """
     half = width // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
@@ -88,7 +72,7 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> T
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions; the embedding scales and shifts the features between them."""
+    """Two 3x3 convolutions around a skip connection; the embedding scales and shifts the features between them."""
 
     def __init__(self, in_channels: int, out_channels: int, embedding: int, dropout: float):
         super().__init__()
@@ -108,7 +92,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all grid positions, as a residual."""
+    """Multi-head self-attention over all positions, added to its input (Vaswani et al. 2017, section 3.2)."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -126,7 +110,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, at the coarse levels, attention."""
+    """A residual block, followed by attention where the config asks for it."""
 
     def __init__(self, in_channels: int, out_channels: int, config: ContextUNetConfig, attention: bool):
         super().__init__()
@@ -138,11 +122,7 @@ class Stage(nn.Module):
 
 
 class ContextUNet(nn.Module):
-    """Predicts eps, x0 or v (whatever it was trained for) from a noised image, its timestep and a label.
-
-    Args:
-        config: sizes; see `ContextUNetConfig`.
-    """
+    """Predicts eps, x0 or v, whichever it was trained for, from a noised image, its timestep and its label."""
 
     def __init__(self, config: ContextUNetConfig = ContextUNetConfig()):
         super().__init__()
@@ -188,15 +168,12 @@ class ContextUNet(nn.Module):
         return self.config.num_labels
 
     def forward(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """One prediction.
+        """The prediction, shaped as `xt`.
 
         Args:
             xt: noised images (N, C, H, W), H and W divisible by `config.stride`.
             t: timesteps (N,), indices into `alphas_cumprod`.
-            labels: class ids (N,), 0..num_labels-1, or `null_label`.
-
-        Returns:
-            The prediction, shaped as `xt`.
+            labels: class ids (N,), 0..num_labels-1, or `null_label` for no condition.
         """
         embedding = self.time(timestep_embedding(t, self.config.widths[0])) + self.context(labels)
         embedding = F.silu(embedding)

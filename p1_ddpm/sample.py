@@ -7,10 +7,9 @@ python sample.py OUT --classes 3 7 --count 8 --guidance-scale 1
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -18,30 +17,40 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import load_model_file, load_strictly
-from common.cli import Parser, Progress, UserError, run, say
-from common.images import check_finite, clear_way, staged, to_pil, to_uint8
+from common.cli import Parser, UserError, add_options, check, option, options_from, run, say
+from common.images import clear_way, staged, to_pil, to_uint8
 from common.runtime import PRECISIONS, Processes, autocast, pick_device, pick_precision
-from common.sampling import METHODS, ImageNoise, draw, guided
+from common.sampling import METHODS, Denoiser, ImageNoise, Step, check_finite, draw_in_batches, reverse_process
 from common.schedule import NoiseSchedule
-from p1_ddpm.digits import DOMAINS, LAYOUTS, joint_label
+from p1_ddpm.digits import LAYOUTS, Digit, joint_label, wanted_digits
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
 
-# Matrix libraries sum in another order for very few rows, which can move a pixel by one level; so few are filled up.
+# With very few rows, matrix libraries sum in another order, which can move a pixel by one level.
 SMALLEST_BATCH = 16
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "digits.safetensors"
 
 
 @dataclass(frozen=True)
-class Digit:
-    """One image to draw: its class, its number among the images of that class, and its file below OUT."""
+class DigitOptions:
+    """How to draw digits; every field is a flag of the same name. A value out of its range is a `UserError`."""
 
-    domain: str
-    label: int
-    number: int
+    guidance_scale: float = option(6.0, "how strongly the class steers the image; 1 turns guidance off")
+    guidance_interval: tuple[float, float] = option(
+        (0, 1000), "guide only at timesteps between these", type=float, nargs=2, metavar=("LOW", "HIGH")
+    )
+    sampler: str = option("dpm-solver++", "method of the reverse process", choices=METHODS)
+    steps: int = option(10, "steps of the reverse process")
+    eta: float = option(0.0, "fresh noise in each step of ddim: 0 for none, 1 for as much as ddpm")
+    seed: int = option(0, "seed of the noise; the same seed gives the same images")
+    batch_size: int = option(100, "images drawn at a time; does not change them")
+    precision: str = option("auto", "precision of the network; auto is bf16 on a CPU that has it", choices=PRECISIONS)
+    device: str = option("auto", "where to compute: auto, cpu, cuda, cuda:1, ...")
 
-    @property
-    def file(self) -> str:
-        return f"{self.domain}/{self.label}_{self.number:03d}.png"
+    def __post_init__(self):
+        check("guidance_scale", self.guidance_scale, 0 <= self.guidance_scale < math.inf, "at least 0 and finite")
+        check("eta", self.eta, 0 <= self.eta <= 1, "between 0 and 1")
+        check("seed", self.seed, self.seed >= 0, "at least 0")
+        check("batch_size", self.batch_size, self.batch_size > 0, "above 0")
 
 
 class DigitSampler:
@@ -50,151 +59,109 @@ class DigitSampler:
     Args:
         weights: a finished model or a training state.
         device: where to compute.
-        precision: "fp32", "bf16" or "fp16" for the network.
+        precision: of the network: auto, fp32, bf16 or fp16.
 
     Raises:
-        UserError: the weights are missing, truncated, or of another model.
+        UserError: the weights are missing, truncated, or another model's, or there is no such device.
     """
 
-    def __init__(self, weights: Path, device: torch.device, precision: str):
+    def __init__(self, weights: Path = WEIGHTS, device: torch.device | str = "auto", precision: str = "auto"):
+        self.device = pick_device(device)
+        self.precision = pick_precision(precision, self.device)
         state, self.about = load_model_file(weights, "ContextUNet")
         self.model = ContextUNet(ContextUNetConfig(**self.about["config"]))
         load_strictly(self.model, state, str(weights))
-        self.model.eval().to(device, memory_format=torch.channels_last)
+        self.model.eval().to(self.device, memory_format=torch.channels_last)
         self.schedule = NoiseSchedule(**self.about["schedule"])
         self.domains: dict[str, int] = self.about["domains"]
-        self.device, self.precision = device, precision
+        self.shape = (self.model.config.image_channels, self.about["image_size"], self.about["image_size"])
 
-    def steps(self, digits: Sequence[Digit], seed: int, options: dict[str, Any]):
-        """The arguments of `reverse_process` for these digits; see `sampling_options` for the options.
+    def predict(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """The network's output in fp32, shaped as `xt`; a batch below `SMALLEST_BATCH` repeats itself to fill it."""
+        rows = torch.arange(max(len(xt), SMALLEST_BATCH), device=xt.device) % len(xt)
+        with autocast(self.device, self.precision):
+            output = self.model(xt[rows].contiguous(memory_format=torch.channels_last), t[rows], labels[rows])
+        return output[: len(xt)].float()
 
-        The noise of a digit is keyed by (seed, class, number): it does not depend on what else is drawn.
-        """
-        labels = [joint_label(self.domains, digit.domain, digit.label) for digit in digits]
-        noise = ImageNoise([(seed, label, digit.number) for label, digit in zip(labels, digits)])
-        condition = {"labels": torch.tensor(labels, device=self.device)}
-        null = {"labels": torch.full_like(condition["labels"], self.model.null_label)}
+    def sources(self, digits: Sequence[Digit], options: DigitOptions) -> ImageNoise:
+        """The noise of each digit, keyed by (seed, class, number): it does not depend on what else is drawn."""
+        return ImageNoise([(options.seed, joint_label(self.domains, d.domain, d.label), d.number) for d in digits])
 
-        def network(xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-            rows = torch.arange(max(len(xt), SMALLEST_BATCH), device=xt.device) % len(xt)
-            inputs = xt[rows].contiguous(memory_format=torch.channels_last), t[rows], labels[rows]
-            with torch.no_grad(), autocast(self.device, self.precision):
-                return self.model(*inputs)[: len(xt)].float()
+    def noise(self, digits: Sequence[Digit], options: DigitOptions) -> Tensor:
+        """The noise that the digits start from: (N, 3, H, W)."""
+        return self.sources(digits, options).draw(self.shape, self.device)
 
-        size, channels = self.about["image_size"], self.model.config.image_channels
-        return {
-            "denoise": guided(network, condition, null, options["guidance_scale"], options["guidance_interval"]),
-            "schedule": self.schedule,
-            "xt": noise.draw((channels, size, size), self.device),
-            "timesteps": self.schedule.timesteps(options["steps"], "trailing"),
-            "prediction": self.about["prediction"],
-            "method": options["sampler"],
-            "eta": options["eta"],
-            "noise": noise,
-            "use_clipped_model_output": True,
-        }
+    def walk(self, digits: Sequence[Digit], options: DigitOptions) -> Iterator[Step]:
+        """The reverse process of the digits, all in one batch, step by step; the last step's xt holds the images."""
+        classes = [joint_label(self.domains, digit.domain, digit.label) for digit in digits]
+        labels = torch.tensor(classes, device=self.device)
+        denoise = Denoiser(
+            self.predict,
+            self.schedule,
+            self.about["prediction"],
+            condition={"labels": labels},
+            null_condition={"labels": torch.full_like(labels, self.model.null_label)},
+            guidance_scale=options.guidance_scale,
+            guidance_interval=options.guidance_interval,
+            use_clipped_model_output=True,
+        )
+        sources = self.sources(digits, options)
+        xt, timesteps = sources.draw(self.shape, self.device), self.schedule.timesteps(options.steps, "trailing")
+        yield from reverse_process(denoise, self.schedule, xt, timesteps, options.sampler, options.eta, sources)
 
-    def images(self, digits: Sequence[Digit], seed: int, options: dict[str, Any]) -> Tensor:
-        """Draw the digits in one batch: uint8 (N, 3, H, W) on the CPU.
+    def images(self, digits: Sequence[Digit], options: DigitOptions) -> Iterator[tuple[Digit, Tensor]]:
+        """Draw digits in batches; yields each with its image, uint8 (3, H, W) on the CPU, in their order.
 
         Raises:
-            UserError: an image is not finite.
+            UserError: at once, if the options do not suit the weights' schedule; later, if an image is not finite or
+                a single one does not fit the memory.
         """
-        images = draw(**self.steps(digits, seed, options))
-        check_finite(images, [digit.file for digit in digits], self.precision)
-        return to_uint8(images)
+        if not 1 <= options.steps <= self.schedule.T:
+            raise UserError(f"--steps {options.steps}: choose from 1 to {self.schedule.T}")
+
+        def finish(batch: Sequence[Digit], xt: Tensor) -> Tensor:
+            check_finite(xt, [digit.file for digit in batch], self.precision)
+            return to_uint8(xt)
+
+        return draw_in_batches(
+            digits, lambda batch: self.walk(batch, options), finish, batch_size=options.batch_size, steps=options.steps
+        )
 
 
-def wanted_digits(domains: Mapping[str, int], layout: str, classes: Sequence[int] | None, count: int) -> list[Digit]:
-    """The images of a layout in the order of their names, `count` of each class.
-
-    Weights trained on other images than the course's digits have no layouts: all their classes are drawn.
-
-    Raises:
-        UserError: a class that the layout's folders do not hold.
-    """
-    held = LAYOUTS[layout] if domains == DOMAINS else {domain: range(labels) for domain, labels in domains.items()}
-    known = sorted(set().union(*held.values()))
-    if unknown := set(classes or ()) - set(known):
-        raise UserError(f"--classes {min(unknown)}: choose from {known[0]} to {known[-1]}")
-    return [
-        Digit(domain, label, number)
-        for domain, digits in held.items()
-        for label in digits
-        if classes is None or label in classes
-        for number in range(1, count + 1)
-    ]
-
-
-def sampling_options(args, sampler: DigitSampler) -> dict[str, Any]:
-    """The part of the arguments that says how to sample.
-
-    Raises:
-        UserError: a value out of its range, or more steps than the weights' schedule has.
-    """
-    if not 1 <= args.steps <= sampler.schedule.T:
-        raise UserError(f"--steps {args.steps}: choose from 1 to {sampler.schedule.T}")
-    if not 0 <= args.guidance_scale < math.inf or not 0 <= args.eta <= 1:
-        raise UserError(f"--guidance-scale {args.guidance_scale} --eta {args.eta}: at least 0, and eta at most 1")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: seeds are whole numbers from 0")
-    names = ("sampler", "steps", "eta", "guidance_scale", "guidance_interval")
-    return {name: getattr(args, name) for name in names}
-
-
-def add_sampling_arguments(parser: Parser) -> None:
-    """Flags shared by every script that draws digits."""
+def add_sampling_arguments(parser: Parser, leave_out: Sequence[str] = ()) -> None:
+    """Add the flags of everything that draws digits: `--weights`, and a flag for each of `DigitOptions`."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--weights", type=Path, default=WEIGHTS, help="finished model or training state")
-    group.add_argument("--guidance-scale", type=float, default=6.0, help="1 = off")
-    group.add_argument("--guidance-interval", type=float, nargs=2, default=(0, 1000), metavar=("LOW", "HIGH"),
-                       help="timesteps between which guidance is on")  # fmt: skip
-    group.add_argument("--sampler", choices=METHODS, default="dpm-solver++", help="reverse process")
-    group.add_argument("--steps", type=int, default=10, help="steps of the reverse process")
-    group.add_argument("--eta", type=float, default=0.0, help="fresh noise of ddim: 0 none, 1 as ddpm")
-    group.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
-    group.add_argument("--batch-size", type=int, default=100, help="images at a time; does not change them")
-    group.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the network")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument("--weights", type=Path, default=WEIGHTS, help="weights: a finished model or a training state")
+    add_options(group, DigitOptions, leave_out)
 
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="sample.py", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder that gets mnistm/ and svhn/")
-    digits = parser.add_argument_group("digits")
-    digits.add_argument("--layout", choices=LAYOUTS, default="2025", help="edition of the course")
-    digits.add_argument("--classes", type=int, nargs="+", help="only these digits")
-    digits.add_argument("--count", type=int, default=50, help="images of each digit and domain")
-    digits.add_argument("--overwrite", action="store_true", help="remove other files from OUT's two folders")
+    group = parser.add_argument_group("digits")
+    group.add_argument("--layout", choices=LAYOUTS, default="2025", help="edition of the course")
+    group.add_argument("--classes", type=int, nargs="+", help="draw only these digits")
+    group.add_argument("--count", type=int, default=50, help="images of each digit and domain")
+    group.add_argument("--overwrite", action="store_true", help="remove other files from OUT's two folders")
     add_sampling_arguments(parser)
     return parser.parse_args(argv)
 
 
-def make_sampler(args) -> DigitSampler:
-    """The sampler that the arguments describe."""
-    device = pick_device(args.device)
-    return DigitSampler(args.weights, device, pick_precision(args.precision, device))
-
-
 def main(args) -> list[Path]:
-    """Draw and write; returns the files this process wrote."""
-    if args.count < 1 or args.batch_size < 1:
-        raise UserError(f"--count {args.count} --batch-size {args.batch_size}: both start at 1")
-    sampler = make_sampler(args)
-    options = sampling_options(args, sampler)
+    """Draw and write; returns the files that this process wrote."""
+    options = options_from(args, DigitOptions)
+    sampler = DigitSampler(args.weights, options.device, options.precision)
     digits = wanted_digits(sampler.domains, args.layout, args.classes, args.count)
     processes = Processes()
+    mine = digits[processes.rank :: processes.count]
+    drawn = sampler.images(mine, options)  # nothing is drawn yet, but bad options are refused
     if processes.rank == 0:
         clear_way(args.out, [digit.file for digit in digits], args.overwrite)
     processes.wait()
-    mine = digits[processes.rank :: processes.count]
-    with staged(args.out) as stage, Progress(len(mine), "digits", "image") as phase:
-        for start in range(0, len(mine), args.batch_size):
-            batch = mine[start : start + args.batch_size]
-            for digit, image in zip(batch, sampler.images(batch, args.seed, options)):
-                (stage / digit.domain).mkdir(exist_ok=True)
-                to_pil(image).save(stage / digit.file)
-            phase.update(len(batch))
+    with staged(args.out) as stage:
+        for digit, image in drawn:
+            (stage / digit.domain).mkdir(exist_ok=True)
+            to_pil(image).save(stage / digit.file)
     processes.wait()
     if processes.rank == 0:
         by = f", drawn by {processes.count} processes" if processes.count > 1 else ""

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common.data import LabelledImages
-from p1_ddpm.judge import JudgeConfig, judge_path, train_judge
+from p1_ddpm.judge import judge_path, train_judge
 
 
 def striped(labels: torch.Tensor, seed: int, size: int = 28) -> LabelledImages:
@@ -51,7 +51,7 @@ def striped_digits(stripes, tmp_path_factory):
 def judges(stripes, tmp_path_factory):
     """A folder with a small judge of stripes for both domains."""
     folder = tmp_path_factory.mktemp("judges")
-    small = JudgeConfig(widths=(8, 16, 24), dropout=0.0)
-    path = train_judge("mnistm", stripes, 25, folder, small, batch_size=60, precision="fp32", device="cpu")
+    options = {"batch_size": 60, "precision": "fp32", "device": "cpu"}
+    path = train_judge("mnistm", stripes, 25, folder, widths=(8, 16, 24), **options)
     shutil.copy(path, judge_path(folder, "svhn"))
     return folder

@@ -8,8 +8,9 @@ from PIL import Image
 from common.checkpoint import load_tensors, save_tensors
 from common.cli import UserError
 from common.sampling import Step
-from p1_ddpm import figures
-from p1_ddpm.sample import Digit
+from p1_ddpm import digits, figures
+from p1_ddpm.digits import Digit
+from p1_ddpm.sample import DigitOptions, DigitSampler
 
 NAMES = ["grid_2024_mnistm.png", "grid_2024_svhn.png", "grid_2025.png", "guidance.png", "reverse_process.gif",
          "reverse_process.png"]  # fmt: skip
@@ -40,12 +41,13 @@ def drawn(tmp_path_factory, tiny_digit_weights, striped_digits):
 
 @pytest.fixture(scope="module")
 def sampler(tiny_digit_weights):
-    return figures.DigitSampler(tiny_digit_weights, torch.device("cpu"), "fp32")
+    return DigitSampler(tiny_digit_weights, "cpu", "fp32")
 
 
-def options(guidance_scale):
-    return {"sampler": "dpm-solver++", "steps": 1, "eta": 0.0, "guidance_scale": guidance_scale,
-            "guidance_interval": (0, 1000)}  # fmt: skip
+def images(draws, digits, guidance_scale, **options):
+    """What sample.py would write: uint8 (N, 28, 28, 3)."""
+    options = DigitOptions(**{"steps": 1, "guidance_scale": guidance_scale} | options)
+    return torch.stack([image for _, image in draws.images(digits, options)]).permute(0, 2, 3, 1).numpy()
 
 
 @pytest.mark.parametrize(
@@ -61,9 +63,8 @@ def test_grids_have_a_digit_a_row_and_real_images_at_the_right(drawn, sampler, s
     real_column = 28 * 3 + 4
     found = cells(picture, 10, 10, 3, right=real_column)
     for row in (0, 7):
-        digits = [Digit(domains[row], row, number) for number in range(1, 11)]
-        expected = sampler.images(digits, 0, options(3.0)).permute(0, 2, 3, 1).numpy()
-        assert np.array_equal(found[row], expected)
+        row_of = [Digit(domains[row], row, number) for number in range(1, 11)]
+        assert np.array_equal(found[row], images(sampler, row_of, 3.0))
     real = cells(picture, 10, 1, 3)[:, 0]
     held = stripes.split()[1]
     for digit in range(10):
@@ -73,17 +74,15 @@ def test_grids_have_a_digit_a_row_and_real_images_at_the_right(drawn, sampler, s
 
 def test_guidance_rows_start_from_the_same_noise(drawn, sampler):
     found = cells(np.asarray(Image.open(drawn / "guidance.png")), 5, 10, 3)
-    digits = [Digit("svhn" if label % 2 else "mnistm", label, 1) for label in range(10)]
+    ten = [Digit("svhn" if label % 2 else "mnistm", label, 1) for label in range(10)]
     for row, scale in ((0, 1.0), (4, 5.0)):
-        expected = sampler.images(digits, 0, options(scale)).permute(0, 2, 3, 1).numpy()
-        assert np.array_equal(found[row], expected)
+        assert np.array_equal(found[row], images(sampler, ten, scale))
 
 
 def test_the_reverse_process_ends_in_the_first_digits(drawn, sampler):
     found = cells(np.asarray(Image.open(drawn / "reverse_process.png")), 4, 6, 4)
     first = [Digit("mnistm", 0, 1), Digit("svhn", 1, 1)]
-    walk = options(3.0) | {"sampler": "ddim", "steps": 50}
-    expected = sampler.images(first, 0, walk).permute(0, 2, 3, 1).numpy()
+    expected = images(sampler, first, 3.0, sampler="ddim", steps=50)
     assert np.array_equal(found[0, 5], expected[0])
     assert np.array_equal(found[2, 5], expected[1])
     with Image.open(drawn / "reverse_process.gif") as gif:
@@ -114,9 +113,9 @@ def test_snapshots_pair_xt_with_the_x0_predicted_from_it():
 
 
 def test_without_data_the_real_column_is_left_out(tmp_path, tiny_digit_weights, drawn, monkeypatch, capsys):
-    monkeypatch.setattr(figures, "DATA", tmp_path / "none")
+    monkeypatch.setattr(digits, "DATA", tmp_path / "none")
     figures.main(arguments(tmp_path / "out", tiny_digit_weights))
-    assert "no column of real images" in capsys.readouterr().out
+    assert "nothing is compared with real images" in capsys.readouterr().out
     without, beside = (np.asarray(Image.open(folder / "grid_2025.png")) for folder in (tmp_path / "out", drawn))
     assert np.array_equal(cells(without, 10, 10, 3), cells(beside, 10, 10, 3, right=28 * 3 + 4))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.checkpoint import load_tensors, save_tensors
+from common.checkpoint import load_tensors
 from common.cli import UserError
 from common.data import LabelledImages
 from p1_ddpm import judge
@@ -15,8 +15,7 @@ from tests.p1_ddpm.conftest import striped
 
 def test_a_judge_learns_what_it_was_not_shown(judges):
     unseen = striped(torch.arange(100) % 10, seed=7)
-    model, _ = judge.load_judge(judges, "mnistm")
-    assert judge.correct(model, unseen).double().mean() >= 0.95
+    assert judge.correct(judge.load_judge(judges, "mnistm"), unseen).double().mean() >= 0.95
 
 
 def test_the_accuracy_in_the_file_is_that_of_the_held_out_images(judges, stripes):
@@ -24,7 +23,7 @@ def test_the_accuracy_in_the_file_is_that_of_the_held_out_images(judges, stripes
     every_tenth = range(9, 400, 10)
     right = 0
     for i in every_tenth:
-        logits = loaded.model(stripes.images[i : i + 1].float() / 127.5 - 1)
+        logits = loaded(stripes.images[i : i + 1].float() / 127.5 - 1)
         right += int(logits.argmax()) == int(stripes.labels[i])
     assert loaded.about["held_out_accuracy"] == pytest.approx(right / 40, abs=1e-12)
     assert (loaded.about["held_out"], loaded.about["trained_on"]) == (40, 360)
@@ -36,21 +35,29 @@ def test_held_out_images_are_never_trained_on(stripes, tmp_path):
     wrong = stripes.labels.clone()
     wrong[9::10] = (wrong[9::10] + 1) % 10
     options = {"precision": "fp32", "device": "cpu", "batch_size": 60}
-    small = judge.JudgeConfig(widths=(4, 4, 4))
     paths = [
-        judge.train_judge("svhn", LabelledImages(stripes.images, labels, stripes.names), 0.5, folder, small, **options)
+        judge.train_judge(
+            "svhn", LabelledImages(stripes.images, labels, stripes.names), 0.5, folder, (4, 4, 4), **options
+        )
         for labels, folder in ((stripes.labels, tmp_path / "a"), (wrong, tmp_path / "b"))
     ]
     first, second = (load_tensors(path)[0] for path in paths)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_shipped_judges_would_be_small_and_in_half_precision(tmp_path, stripes):
-    path = judge.train_judge("svhn", stripes, 0.01, tmp_path, batch_size=8, device="cpu")
-    assert path.stat().st_size < 1.5e6
-    tensors, about = load_tensors(path)
+def test_the_program_trains_a_small_judge_in_half_precision_for_each_domain(
+    tmp_path, striped_digits, monkeypatch, capsys
+):
+    monkeypatch.setattr(judge, "EPOCHS", {"mnistm": 0.3, "svhn": 0.3})
+    arguments = ["--data", str(striped_digits), "--out", str(tmp_path), "--device", "cpu"]
+    paths = judge.main(judge.parse_arguments(arguments))
+    assert paths == [judge.judge_path(tmp_path, domain) for domain in ("mnistm", "svhn")]
+    assert sorted(tmp_path.iterdir()) == paths  # no states, no logs
+    assert all(path.stat().st_size < 1.5e6 for path in paths)
+    tensors, about = load_tensors(paths[1])
     assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float16}
-    assert about["domain"] == "svhn"
+    assert (about["domain"], about["held_out"]) == ("svhn", 40)
+    assert f"{100 * about['held_out_accuracy']:.2f} % of 40 held-out images right" in capsys.readouterr().out
 
 
 def test_batches_are_distorted_a_little_and_never_mirrored(stripes):
@@ -66,28 +73,6 @@ def test_batches_are_distorted_a_little_and_never_mirrored(stripes):
     assert likeness(moved, smooth) < 1 - 1e-3
     assert likeness(moved, smooth) > likeness(moved, smooth.flip(3)) + 0.3
     assert torch.allclose(judge.distort(smooth, generator, turn=0, zoom=0), smooth, atol=1e-5)
-
-
-def test_a_batch_depends_on_its_step_alone(stripes):
-    def draw(step):
-        batches = judge.JudgeBatches(stripes, 16, seed=3)
-        return batches(step, torch.Generator().manual_seed(step))
-
-    once, again, other = draw(5), draw(5), draw(6)
-    assert torch.equal(once["images"], again["images"])
-    assert not torch.equal(once["images"], other["images"])
-    assert once["images"].abs().max() <= 1
-
-
-def test_a_training_step_runs_on_the_meta_device():
-    """A tensor left on the CPU would raise: meta and CPU tensors do not mix."""
-    model = judge.Judge().to("meta").train()
-    batch = {"images": torch.empty(4, 3, 28, 28), "labels": torch.zeros(4, dtype=torch.long)}
-    loss = judge.judge_loss(model, {name: tensor.to("meta") for name, tensor in batch.items()})
-    loss.backward()
-    assert all(parameter.grad.device.type == "meta" for parameter in model.parameters())
-    with torch.device("meta"):
-        assert judge.LeNet()(torch.empty(4, 3, 28, 28)).shape == (4, 10)
 
 
 def course_network() -> nn.Sequential:
@@ -134,12 +119,3 @@ def test_what_is_not_the_courses_classifier(tmp_path, saved, line):
         judge.load_classifier(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_missing_judge_and_another_model_are_named(tmp_path, judges):
-    with pytest.raises(UserError, match=r"judge_svhn.safetensors: no such judge; .*--train-judge"):
-        judge.load_judge(tmp_path, "svhn")
-    tensors, about = load_tensors(judge.judge_path(judges, "svhn"))
-    save_tensors(judge.judge_path(tmp_path, "svhn"), tensors, about | {"kind": "ContextUNet"})
-    with pytest.raises(UserError, match="holds ContextUNet, not a Judge"):
-        judge.load_judge(tmp_path, "svhn")
