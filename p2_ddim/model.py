@@ -1,14 +1,13 @@
 """The face U-Net: the course's network by default, and smaller ones of the same kind by config.
 
-The network is a table of layers (`layout`), and the names of its weights follow from it: `down1..`, `mid1..` and
-`up1..` are numbered in the order in which they run. The output of every `down` layer is kept, and popped last-first by
-the residual blocks of `up`.
+Layers are called `down1..`, `mid1..` and `up1..` in the order in which they run, and so are their weights. The output
+of every `down` layer is kept, and the blocks of `up` take the outputs back, the last one first.
 """
 
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +25,16 @@ class FaceUNetConfig:
 
     Args:
         image_channels: colour channels of the images.
-        patch_size: side of the pixel blocks folded into channels by the stem (1 = none). Folding by 2 does the same
-            work on a quarter of the positions, which small networks afford well.
+        patch_size: side of the pixel blocks that are folded into channels first; 1 for none. Folding by 2 leaves a
+            quarter of the positions to compute.
         widths: channels of each level, finest first; every level after the first halves the grid.
         blocks: residual blocks of each level in the encoder (the decoder has one more a level).
         attention: whether each level's blocks attend over all positions.
-        middle_attention: the residual blocks between encoder and decoder, and which of them attend.
+        middle_attention: one entry for each block between encoder and decoder: whether it attends.
         embedding: width of the time embedding.
         dropout: dropout probability inside residual blocks.
-        means: whether the output also gets a linear map, by the timestep, of the folded channels' means over the image.
-            Group norms all but hide these from the network, and where pixels are folded they are not its brightness
-            alone but also the finest checkerboards, which would stay in the picture as the noise had them.
+        means: add a linear map, chosen by the timestep, of the folded channels' means over the image. Group norms
+            nearly remove these means: with folding, not only the brightness but also the finest checkerboards.
     """
 
     image_channels: int = 3
@@ -54,7 +52,7 @@ class FaceUNetConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.widths or len(self.widths) != len(self.attention):
             raise ValueError(f"widths {self.widths} and attention {self.attention} need one entry a level")
-        if min(self.widths) < 2 or self.widths[0] % 2 or self.blocks < 1 or self.patch_size < 1:
+        if min(self.widths) < 2 or self.widths[0] % 2 or min(self.blocks, self.patch_size) < 1:
             raise ValueError(
                 f"widths {self.widths}, blocks {self.blocks}, patch size {self.patch_size}: the first width must be"
                 " even, widths start at 2 and the others at 1"
@@ -67,11 +65,11 @@ class FaceUNetConfig:
 
     @property
     def folded_channels(self) -> int:
-        """Channels of an image once its pixel blocks are folded."""
+        """Channels of an image whose pixel blocks are folded."""
         return self.image_channels * self.patch_size**2
 
 
-# What a bare state dict does not say, the course does: its schedule, and that its network predicts eps.
+# The facts about the course's UNet.pt, which is a bare state dict.
 COURSE = {
     "kind": "FaceUNet",
     "config": asdict(FaceUNetConfig()),
@@ -79,43 +77,6 @@ COURSE = {
     "prediction": "eps",
     "image_size": 256,
 }
-
-
-class Layer(NamedTuple):
-    """One row of the network's table; kinds are "conv", "block", "shrink" and "grow"."""
-
-    name: str
-    kind: str
-    in_channels: int
-    out_channels: int
-    attention: bool = False
-
-
-def layout(config: FaceUNetConfig) -> tuple[list[Layer], list[Layer], list[Layer]]:
-    """The layers of the encoder, the middle and the decoder, in the order in which they run."""
-    widths, levels = config.widths, range(len(config.widths))
-    down, middle, up = [], [], []
-
-    def add(part: list[Layer], prefix: str, *rest) -> None:
-        part.append(Layer(f"{prefix}{len(part) + 1}", *rest))
-
-    add(down, "down", "conv", config.folded_channels, widths[0])
-    for level in levels:
-        if level:
-            add(down, "down", "shrink", widths[level - 1], widths[level - 1])
-        for _ in range(config.blocks):
-            add(down, "down", "block", down[-1].out_channels, widths[level], config.attention[level])
-    for attention in config.middle_attention:
-        add(middle, "mid", "block", widths[-1], widths[-1], attention)
-    skips, channels = [layer.out_channels for layer in down], widths[-1]
-    for level in reversed(levels):
-        # One block more than in the encoder: the level's stem or downsampling left a skip, too.
-        for _ in range(config.blocks + 1):
-            add(up, "up", "block", channels + skips.pop(), widths[level], config.attention[level])
-            channels = widths[level]
-        if level:
-            add(up, "up", "grow", channels, channels)
-    return down, middle, up
 
 
 class TimeSinusoids(nn.Module):
@@ -167,76 +128,81 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block (`resblocks`, the name in the course's weights) and, where the table says so, attention."""
+    """A residual block, called `resblocks` in the course's weights, and attention where the config says so."""
 
-    def __init__(self, layer: Layer, config: FaceUNetConfig):
+    def __init__(self, in_channels: int, out_channels: int, attention: bool, config: FaceUNetConfig):
         super().__init__()
-        self.resblocks = ResidualBlock(layer.in_channels, layer.out_channels, config.embedding, config.dropout)
-        self.attention = Attention(layer.out_channels) if layer.attention else nn.Identity()
+        self.resblocks = ResidualBlock(in_channels, out_channels, config.embedding, config.dropout)
+        self.attention = Attention(out_channels) if attention else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.attention(self.resblocks(x, embedding))
 
 
-def make_layer(layer: Layer, config: FaceUNetConfig) -> nn.Module:
-    """The module of one row of the table."""
-    channels = layer.in_channels, layer.out_channels
-    if layer.kind == "block":
-        return Block(layer, config)
-    if layer.kind == "shrink":
-        return nn.Sequential(nn.Conv2d(*channels, 3, stride=2, padding=1))
-    if layer.kind == "grow":
-        return nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(*channels, 3, padding=1))
-    return nn.Conv2d(*channels, 3, padding=1)
-
-
 class FaceUNet(nn.Module):
-    """Predicts eps or v (whatever it was trained for) from a noised image and its timestep.
-
-    Args:
-        config: sizes; see `FaceUNetConfig`.
-    """
+    """Predicts eps, x0 or v, whichever it was trained for, from a noised image and its timestep."""
 
     def __init__(self, config: FaceUNetConfig = FaceUNetConfig()):
         super().__init__()
-        self.config, width = config, config.widths[0]
-        self.down, self.middle, self.up = layout(config)
+        self.config, width, embedding = config, config.widths[0], config.embedding
         self.time = nn.Sequential(
-            TimeSinusoids(width), nn.Linear(width, config.embedding), nn.SiLU(),
-            nn.Linear(config.embedding, config.embedding),
-        )  # fmt: skip
-        for layer in (*self.down, *self.middle, *self.up):
-            self.add_module(layer.name, make_layer(layer, config))
+            TimeSinusoids(width), nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
+        self.add_layers()
         last = zeroed(nn.Conv2d(width, config.folded_channels, 3, padding=1))
         self.out = nn.Sequential(group_norm(width), nn.SiLU(), last)
         if config.means:
-            self.means = zeroed(nn.Linear(config.embedding, config.folded_channels**2))
+            self.means = zeroed(nn.Linear(embedding, config.folded_channels**2))
+
+    def add_layers(self) -> None:
+        """Make the layers of the encoder (down), the middle (mid) and the decoder (up)."""
+        config, channels = self.config, self.config.widths[0]
+
+        def add(part: str, layer: nn.Module) -> None:
+            self.add_module(f"{part}{len(self.layers(part)) + 1}", layer)
+
+        add("down", nn.Conv2d(config.folded_channels, channels, 3, padding=1))
+        skips = [channels]
+        for level, width in enumerate(config.widths):
+            if level:
+                add("down", nn.Sequential(nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
+                skips.append(channels)
+            for _ in range(config.blocks):
+                add("down", Block(channels, width, config.attention[level], config))
+                channels = width
+                skips.append(channels)
+        for attention in config.middle_attention:
+            add("mid", Block(channels, channels, attention, config))
+        for level, width in reversed(list(enumerate(config.widths))):
+            # One block more than in the encoder: the first or the downsampling convolution left a skip, too.
+            for _ in range(config.blocks + 1):
+                add("up", Block(channels + skips.pop(), width, config.attention[level], config))
+                channels = width
+            if level:
+                grow = nn.Upsample(scale_factor=2.0, mode="nearest")
+                add("up", nn.Sequential(grow, nn.Conv2d(channels, channels, 3, padding=1)))
+
+    def layers(self, part: str) -> list[nn.Module]:
+        """The layers of "down", "mid" or "up", in the order in which they run."""
+        return [layer for name, layer in self.named_children() if name.startswith(part)]
 
     def forward(self, xt: Tensor, t: Tensor) -> Tensor:
-        """One prediction.
+        """The prediction, shaped as xt.
 
         Args:
             xt: noised images (N, C, H, W), H and W divisible by `config.stride`.
             t: timesteps (N,), indices into `alphas_cumprod`.
-
-        Returns:
-            The prediction, shaped as `xt`.
         """
         embedding = self.time(t)
-
-        def run(layer: Layer, x: Tensor) -> Tensor:
-            module = getattr(self, layer.name)
-            return module(x, embedding) if layer.kind == "block" else module(x)
-
         h = folded = F.pixel_unshuffle(xt, self.config.patch_size)
         skips = []
-        for layer in self.down:
-            h = run(layer, h)
+        for layer in self.layers("down"):
+            h = layer(h, embedding) if isinstance(layer, Block) else layer(h)
             skips.append(h)
-        for layer in self.middle:
-            h = run(layer, h)
-        for layer in self.up:
-            h = run(layer, torch.cat([h, skips.pop()], dim=1) if layer.kind == "block" else h)
+        for block in self.layers("mid"):
+            h = block(h, embedding)
+        for layer in self.layers("up"):
+            h = layer(torch.cat([h, skips.pop()], dim=1), embedding) if isinstance(layer, Block) else layer(h)
         output = self.out(h)
         if self.config.means:
             weights = self.means(embedding).unflatten(1, (folded.shape[1], folded.shape[1]))
@@ -245,23 +211,21 @@ class FaceUNet(nn.Module):
 
 
 def load_face_unet(path: Path) -> tuple[FaceUNet, dict[str, Any]]:
-    """The network of a weights file in eval mode, fp32 on the CPU, and the facts about it.
+    """The network of a weights file, fp32 on the CPU and in eval mode, and the facts about it.
 
     Args:
-        path: a checkpoint of ours, whose facts say how to build the network, or a bare state dict of the course's
-            network (`.pt`, or safetensors without facts), which gets the facts in `COURSE`.
+        path: a checkpoint of train.py, whose facts say how to build the network, or a bare state dict of the course's
+            network (`.pt`, or safetensors without facts), to which the facts in `COURSE` belong.
 
     Raises:
         UserError: the file is missing, truncated, carries code, lacks facts, or does not fit the network.
     """
-    path, about = Path(path), COURSE
     if path.suffix == ".safetensors":
         state, about = load_model_file(path, "FaceUNet") if load_about(path) else (load_tensors(path)[0], COURSE)
     else:
-        state = load_pt(path)
-        if not isinstance(state, dict) or not all(
-            isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-        ):
+        state, about = load_pt(path), COURSE
+        pairs = state.items() if isinstance(state, dict) else [(None, state)]
+        if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in pairs):
             raise UserError(f"{path}: no state dict of tensors; save one with torch.save(model.state_dict(), ...)")
     if missing := [fact for fact in COURSE if fact not in about]:
         raise UserError(f"{path}: does not say its {missing[0]}; save it with train.py")
@@ -269,7 +233,7 @@ def load_face_unet(path: Path) -> tuple[FaceUNet, dict[str, Any]]:
         config = FaceUNetConfig(**about["config"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: its config is of another version ({error}); train with this one") from None
-    with torch.device("meta"):  # the initial weights would be overwritten anyway
+    with torch.device("meta"):  # no initial weights, since they would be overwritten
         model = FaceUNet(config)
     load_strictly(model.to_empty(device="cpu"), state, str(path))
     return model.eval(), about

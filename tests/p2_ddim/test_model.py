@@ -9,11 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.checkpoint import load_tensors, save_tensors
-from common.cli import UserError
-from common.sampling import draw
-from common.schedule import NoiseSchedule
-from common.training import diffusion_loss
+from common.checkpoint import save_tensors
 from p2_ddim.model import COURSE, FaceUNet, FaceUNetConfig, load_face_unet
 
 CONTRACT = json.loads((Path(__file__).parent / "face_unet_keys.json").read_text())
@@ -83,7 +79,9 @@ def test_forward_is_what_the_course_describes(course_model):
         model = FaceUNet().double()
     model.to_empty(device="cpu").load_state_dict(course_model.state_dict())
     # The description's frequencies, not their fp32 roundings.
-    model.time[0].inv_freq.copy_(torch.exp(-math.log(10000) * 2 * torch.arange(64, dtype=torch.float64) / 128))
+    frequencies = torch.exp(-math.log(10000) * 2 * torch.arange(64, dtype=torch.float64) / 128)
+    assert (course_model.time[0].inv_freq.double() - frequencies).abs().max() < 1e-7
+    model.time[0].inv_freq.copy_(frequencies)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 3, 32, 64, generator=generator, dtype=torch.float64)
     t = torch.tensor([981, 21])
@@ -91,11 +89,6 @@ def test_forward_is_what_the_course_describes(course_model):
         ours, theirs = model(x, t), reference(model.state_dict(), x, t)
     assert theirs.std() > 0.05
     assert (ours - theirs).abs().max() < 1e-10
-
-
-def test_frequencies_are_the_courses(course_model):
-    expected = torch.exp(-math.log(10000) * 2 * torch.arange(64, dtype=torch.float64) / 128)
-    assert (course_model.time[0].inv_freq.double() - expected).abs().max() < 1e-7
 
 
 @pytest.mark.parametrize(
@@ -106,19 +99,13 @@ def test_frequencies_are_the_courses(course_model):
         FaceUNetConfig(widths=(6, 16), attention=(0, 1), patch_size=4, blocks=1, embedding=8, dropout=0.1),
     ],
 )
-def test_any_width_depth_and_size(config):
+def test_any_width_depth_and_size_starts_with_zeros(config):
     model = FaceUNet(config)
     assert FaceUNetConfig(**json.loads(json.dumps(asdict(config)))) == config
     xt = torch.randn(2, 3, 2 * config.stride, config.stride)
-    assert model(xt, torch.tensor([0, 999])).shape == xt.shape
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"widths": ()}, {"attention": (True,)}, {"widths": (7, 8), "attention": (0, 0)}, {"blocks": 0}]
-)
-def test_impossible_sizes_are_refused(wrong):
-    with pytest.raises(ValueError, match="widths"):
-        FaceUNetConfig(**wrong)
+    output = model(xt, torch.tensor([0, 999]))
+    assert output.shape == xt.shape
+    assert not output.any()
 
 
 def test_the_means_of_folded_channels_reach_the_output():
@@ -135,70 +122,19 @@ def test_the_means_of_folded_channels_reach_the_output():
         assert (model(xt, t)[:, c, i::2, j::2] - expected[:, k, None, None]).abs().max() < 1e-5
 
 
-def test_a_new_network_puts_out_zeros():
-    model = FaceUNet(FaceUNetConfig(widths=(8, 16), attention=(False, True)))
-    assert not model(torch.randn(1, 3, 8, 8), torch.tensor([5])).any()
-
-
-def test_the_course_network_takes_a_training_step_and_a_sampling_step_on_the_meta_device():
-    """Shapes and types fit all the way at the course's size, at no cost."""
-    schedule = NoiseSchedule()
-    with torch.device("meta"):
-        model = FaceUNet()
-        images = torch.empty(2, 3, 256, 256)
-        batch = {"x0": images, "eps": images, "t": torch.empty(2, dtype=torch.long)}
-        loss = diffusion_loss(model, batch, schedule, "eps", gamma=5.0)
-        loss.backward()
-        drawn = draw(lambda xt, t: model(xt, torch.full((2,), t)), schedule, images, [981], "eps", final_alpha="first")
-    assert loss.shape == ()
-    assert all(p.grad.shape == p.shape for p in model.parameters())
-    assert drawn.shape == images.shape
-
-
-def saved(path, state):
-    torch.save(state, path) if path.suffix == ".pt" else save_tensors(path, state, {})
-    return path
-
-
 @pytest.mark.parametrize("name", ["UNet.pt", "UNet.safetensors"])
 def test_bare_weights_get_the_courses_facts(tmp_path, name, monkeypatch, narrow_model):
     monkeypatch.setitem(COURSE, "config", asdict(narrow_model.config))
     wrapped = {f"module.{key}": tensor.half() for key, tensor in narrow_model.state_dict().items()}
-    model, about = load_face_unet(saved(tmp_path / name, wrapped))
+    path = tmp_path / name
+    torch.save(wrapped, path) if path.suffix == ".pt" else save_tensors(path, wrapped, {})
+    model, about = load_face_unet(path)
     assert about["prediction"] == "eps"
     assert about["schedule"] == {"name": "linear", "T": 1000, "beta_start": 1e-4, "beta_end": 2e-2}
     assert not model.training
     for key, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, narrow_model.state_dict()[key].half().float())
-
-
-def test_our_weights_say_what_they_are(face_weights):
-    model, about = load_face_unet(face_weights)
-    assert about["prediction"] == "v"
-    assert model.config.patch_size == 2
-    tensors, _ = load_tensors(face_weights)
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
-
-
-def test_misfits_are_named(tmp_path, monkeypatch, narrow_model):
-    monkeypatch.setitem(COURSE, "config", asdict(narrow_model.config))
-    state = narrow_model.state_dict()
-    del state["mid1.attention.qkv.bias"]
-    state["extra.weight"] = torch.zeros(1)
-    state["down1.bias"] = torch.zeros(5)
-    with pytest.raises(UserError) as caught:
-        load_face_unet(saved(tmp_path / "UNet.pt", state))
-    line = str(caught.value)
-    assert str(tmp_path / "UNet.pt") in line
-    assert all(name in line for name in ("mid1.attention.qkv.bias", "extra.weight", "down1.bias (5,) for (16,)"))
-    assert "\n" not in line
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, torch.zeros(3)])
-def test_what_is_no_state_dict_is_refused(tmp_path, content):
-    with pytest.raises(UserError, match="no state dict"):
-        load_face_unet(saved(tmp_path / "UNet.pt", content))
 
 
 def test_dropout_acts_in_training_only(narrow_model):
