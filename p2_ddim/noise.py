@@ -1,4 +1,4 @@
-"""The noises that faces are drawn from: files of one image or several, saved by torch.save or as safetensors."""
+"""The noises that faces are drawn from: one image or several a file, saved by torch.save or as safetensors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,33 +16,17 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Noise(NamedTuple):
-    """What one image starts from: its name (the image becomes `name.png`) and x_T, a (C, H, W) tensor on the CPU."""
+    """What one image starts from: its name (the image becomes `name.png`) and xT, a (C, H, W) tensor on the CPU."""
 
     name: str
     xt: Tensor
-
-
-def noise_files(source: Path) -> list[Path]:
-    """The noise files of a folder in the order of their names, or the one file that `source` is.
-
-    Raises:
-        UserError: no such folder, or no noises in it.
-    """
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder; name one with noises (00.pt, 01.pt, ...)")
-    files = [path for path in source.iterdir() if path.suffix in SUFFIXES and not path.name.startswith(".")]
-    if not files:
-        raise UserError(f"{source}: holds no noises ({', '.join(SUFFIXES)}); name another folder")
-    return sorted(files)
 
 
 def read_noise_file(path: Path, channels: int, stride: int) -> list[Noise]:
     """The noises in one file, named by its stem; where there are several, by the stem and a number.
 
     Raises:
-        UserError: the file is no tensor file, or the tensor has another shape or type, or numbers that are not finite.
+        UserError: the file holds no tensor, or one of another shape or type, or numbers that are not finite.
     """
     content = load_tensors(path)[0] if path.suffix == ".safetensors" else load_pt(path)
     if isinstance(content, dict) and len(content) == 1:
@@ -54,8 +38,7 @@ def read_noise_file(path: Path, channels: int, stride: int) -> list[Noise]:
     if kind not in DTYPES:
         raise UserError(f"{path}: noise of {kind}; save it as a plain tensor of torch.float32")
     shape = tuple(content.shape)
-    fits = len(shape) in (3, 4) and shape[-3] == channels and min(shape) > 0 and not any(s % stride for s in shape[-2:])
-    if not fits:
+    if len(shape) not in (3, 4) or shape[-3] != channels or min(shape) < 1 or any(s % stride for s in shape[-2:]):
         raise UserError(
             f"{path}: noise of shape {shape}; it must be ({channels}, H, W) or (N, {channels}, H, W), with H and W"
             f" divisible by {stride}"
@@ -69,42 +52,28 @@ def read_noise_file(path: Path, channels: int, stride: int) -> list[Noise]:
 
 
 def read_noises(source: Path, channels: int, stride: int) -> list[Noise]:
-    """All noises of a folder or a file.
+    """All noises of a folder, in the order of its files' names, or those of one file.
 
-    Args:
-        source: a folder of noise files, or one such file.
-        channels: colour channels that the network takes.
-        stride: what heights and widths must be divisible by.
+    Their heights and widths must be divisible by `stride`.
 
     Raises:
         UserError: there are none, one of them is bad, or two of them would become the same image.
     """
-    noises = [noise for path in noise_files(Path(source)) for noise in read_noise_file(path, channels, stride)]
+    files = [source]
+    if not source.is_file():
+        if not source.is_dir():
+            raise UserError(f"{source}: no such folder; name one with noises (00.pt, 01.pt, ...)")
+        files = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and path.name[0] != ".")
+        if not files:
+            raise UserError(f"{source}: holds no noises ({', '.join(SUFFIXES)}); name another folder")
+    noises = [noise for path in files for noise in read_noise_file(path, channels, stride)]
     names = [noise.name for noise in noises]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{source}: two noises would become {twice[0]}.png; rename one of them")
     return noises
 
 
-def named(noises: Sequence[Noise], names: Sequence[str]) -> list[Noise]:
-    """The noises of these names, in this order.
-
-    Raises:
-        UserError: there is no noise of one of the names.
-    """
-    by_name = {noise.name: noise for noise in noises}
-    if missing := [name for name in names if name not in by_name]:
-        raise UserError(f"noise {missing[0]}: not there; choose from {', '.join(by_name)}")
-    return [by_name[name] for name in names]
-
-
 def random_noises(count: int, shape: Sequence[int], seed: int) -> list[Noise]:
-    """Noises 00, 01, ... of a seed; number k is the same however many are drawn.
-
-    Args:
-        count: how many.
-        shape: (C, H, W).
-        seed: a whole number from 0.
-    """
+    """Noises 00, 01, ... of a seed, each of shape (C, H, W); number k is the same however many are drawn."""
     drawn = ImageNoise([(seed, k) for k in range(count)]).draw(shape)
     return [Noise(f"{k:02d}", xt) for k, xt in enumerate(drawn)]

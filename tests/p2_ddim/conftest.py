@@ -1,5 +1,6 @@
 """Small face networks of both kinds, noises for them, and a folder of faces."""
 
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,23 +16,18 @@ from p2_ddim import sample
 from p2_ddim.model import FaceUNet, FaceUNetConfig
 
 # Small enough for fifty steps, with all that the course's network has: several levels, attention, wider skips.
-NARROW = FaceUNetConfig(
-    widths=(16, 32), blocks=2, attention=(False, True), middle_attention=(True, False), embedding=32
-)
+NARROW = FaceUNetConfig(widths=(16, 32), attention=(False, True), embedding=32)
 FOLDED = FaceUNetConfig(patch_size=2, widths=(8, 16), blocks=1, attention=(False, True), embedding=16)
 
 
-def randomised(model: FaceUNet) -> FaceUNet:
-    """The model with its zeroed layers drawn anew: as it is created, it puts out zeros."""
+def make_model(config: FaceUNetConfig) -> FaceUNet:
+    """A random network whose zeroed layers are drawn anew: as it is created, it puts out zeros."""
+    torch.manual_seed(0)
+    model = FaceUNet(config)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and not module.weight.any():
             module.reset_parameters()
     return model.eval()
-
-
-def make_model(config: FaceUNetConfig) -> FaceUNet:
-    torch.manual_seed(0)
-    return randomised(FaceUNet(config))
 
 
 @pytest.fixture(scope="session")
@@ -48,15 +44,9 @@ def narrow_model() -> FaceUNet:
 @pytest.fixture(scope="session")
 def face_weights(tmp_path_factory):
     """A checkpoint of a small network that predicts v for 16x16 images."""
-    about = {
-        "kind": "FaceUNet",
-        "config": asdict(FOLDED),
-        "schedule": asdict(NoiseSchedule("cosine")),
-        "prediction": "v",
-        "image_size": 16,
-    }
+    about = {"kind": "FaceUNet", "config": asdict(FOLDED), "schedule": asdict(NoiseSchedule("cosine"))}
     path = tmp_path_factory.mktemp("weights") / "faces.safetensors"
-    save_tensors(path, make_model(FOLDED).state_dict(), about)
+    save_tensors(path, make_model(FOLDED).state_dict(), about | {"prediction": "v", "image_size": 16})
     return path
 
 
@@ -82,13 +72,14 @@ def face_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def draw_faces():
+@pytest.fixture
+def draw_faces(tmp_path, face_weights):
     """A function that runs sample.py for three steps and returns the pixels of the images it wrote, by file name."""
 
-    def draw(noise, out, weights, *flags) -> dict[str, np.ndarray]:
+    def draw(noise, *flags, weights=face_weights) -> dict[str, np.ndarray]:
+        out = Path(tempfile.mkdtemp(dir=tmp_path)) / "new" / "out"
         files = sample.main(sample.parse_arguments([str(noise), str(out), str(weights), "--steps", "3", *flags]))
-        assert sorted(path.name for path in Path(out).iterdir()) == sorted(path.name for path in files)
+        assert sorted(out.iterdir()) == sorted(files)
         return {path.name: np.asarray(Image.open(path)) for path in files}
 
     return draw
