@@ -7,89 +7,58 @@ import torch
 from PIL import Image
 
 from common.checkpoint import load_tensors
-from common.cli import run
 from common.data import read_folder_images, to_unit_range
 from common.runtime import seeded_generator
-from common.schedule import NoiseSchedule
-from p2_ddim import sample, train
-from p2_ddim.train import FaceBatches
+from p2_ddim import train
+from p2_ddim.train import draw_batch
 
-
-def value(picture):
-    """Which of the fixture's pictures this is, read from its dark half, mirrored or not."""
-    return ((picture.min() + 1) * 127.5 - 20) / 4
-
-
-def test_batches_walk_through_all_images(face_folder):
-    faces = read_folder_images(face_folder, 16)
-    batches = FaceBatches(faces, NoiseSchedule(), 10, flip=True, seed=0)
-    drawn = [batches(step, seeded_generator(0, 1, step)) for step in range(3)]
-    assert sorted(round(float(value(x0))) for batch in drawn for x0 in batch["x0"]) == list(range(30))
-    for batch in drawn:
-        assert batch["x0"].shape == batch["eps"].shape == (10, 3, 16, 16)
-        assert sorted((batch["t"] // 100).tolist()) == list(range(10))
-    again = batches(1, seeded_generator(0, 1, 1))
-    assert all(torch.equal(again[name], drawn[1][name]) for name in again)
-
-
-@pytest.mark.parametrize("flip", [True, False])
-def test_about_half_of_the_images_are_mirrored(face_folder, flip):
-    faces = read_folder_images(face_folder, 16)
-    batches = FaceBatches(faces, NoiseSchedule(), 300, flip, seed=0)
-    x0 = batches(0, seeded_generator(0, 1, 0))["x0"]
-    mirrored = x0[:, 0, 0, 0] > x0[:, 0, 0, -1]
-    assert (0.4 < mirrored.double().mean() < 0.6) if flip else not mirrored.any()
-    plain = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
-    assert torch.equal(plain.unique(dim=0), to_unit_range(faces.images).unique(dim=0))
+SMALL = "--patch-size 2 --widths 8 16 --attention 0 1 --image-size 16 --batch-size 4 --precision fp32"
+OFTEN = "--steps 4 --save-every 2 --validate-every 2 --sample-every 4 --log-every 1"
 
 
 @pytest.fixture
 def arguments(face_folder, tmp_path):
     def make(*flags):
-        small = [
-            "--patch-size",
-            "2",
-            "--widths",
-            "8",
-            "16",
-            "--attention",
-            "0",
-            "1",
-            "--image-size",
-            "16",
-            "--batch-size",
-            "4",
-        ]
-        often = [
-            "--steps",
-            "4",
-            "--save-every",
-            "2",
-            "--validate-every",
-            "2",
-            "--sample-every",
-            "4",
-            "--log-every",
-            "1",
-        ]
         paths = ["--data", str(face_folder), "--out", str(tmp_path / "run")]
-        return train.parse_arguments([*paths, *small, *often, "--precision", "fp32", *flags])
+        return train.parse_arguments([*paths, *SMALL.split(), *OFTEN.split(), *flags])
 
     return make
 
 
-def test_a_run_leaves_weights_that_draw(arguments, noise_folder, tmp_path, draw_faces):
-    path = train.main(arguments())
+def value(picture):
+    """Which of the fixture's pictures this is, read from its dark half, mirrored or not."""
+    return round(float(((picture.min() + 1) * 127.5 - 20) / 4))
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_about_half_of_a_batch_is_mirrored_and_its_timesteps_are_stratified(face_folder, flip):
+    images = read_folder_images(face_folder, 16).images.repeat(10, 1, 1, 1)
+    batch, again = (draw_batch(images, 900, flip, seeded_generator(0, 1, 0)) for _ in range(2))
+    assert all(torch.equal(again[name], batch[name]) for name in batch)
+    x0 = batch["x0"]
+    assert x0.shape == batch["eps"].shape == (300, 3, 16, 16)
+    assert sorted((batch["t"] // 3).tolist()) == list(range(300))
+    mirrored = x0[:, 0, 0, 0] > x0[:, 0, 0, -1]
+    assert (0.4 < mirrored.double().mean() < 0.6) if flip else not mirrored.any()
+    assert torch.equal(torch.where(mirrored[:, None, None, None], x0.flip(3), x0), to_unit_range(images))
+
+
+def test_a_run_lowers_the_loss_and_leaves_weights_that_draw(arguments, noise_folder, tmp_path, draw_faces):
+    often = "--validate-every 5 --save-every 40 --sample-every 40".split()
+    path, folder = train.main(arguments(*often, *"--steps 40 --lr 1e-2 --warmup 1 --ema 0.5".split())), tmp_path / "run"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert len(losses) == 8
+    assert losses[-1] < 0.9 * losses[0]
     tensors, about = load_tensors(path)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-    facts = {"kind": "FaceUNet", "prediction": "v", "image_size": 16, "step": 4}
-    assert facts.items() <= about.items()
+    assert {"kind": "FaceUNet", "prediction": "v", "image_size": 16, "step": 40}.items() <= about.items()
     assert about["schedule"]["name"] == "cosine"
-    assert about["validation_loss"] > 0
-    with Image.open(tmp_path / "run" / "samples_00000004.png") as image:
+    assert about["validation_loss"] == pytest.approx(losses[-1])
+    with Image.open(folder / "samples_00000040.png") as image:
         assert image.size == (8 * 18 + 2, 4 * 18 + 2)
-    for weights in (path, tmp_path / "run" / "best.safetensors", tmp_path / "run" / "state_00000004.safetensors"):
-        assert len(draw_faces(noise_folder, tmp_path / weights.stem, weights)) == 4
+    for weights in (path, folder / "best.safetensors", folder / "state_00000040.safetensors"):
+        assert len(draw_faces(noise_folder, weights=weights)) == 4
 
 
 def test_the_same_command_resumes_exactly(arguments, tmp_path):
@@ -101,73 +70,42 @@ def test_the_same_command_resumes_exactly(arguments, tmp_path):
     assert any(not torch.equal(resumed[name], half_way[name]) for name in half_way)
 
 
-def test_the_network_predicts_eps_if_asked(arguments, monkeypatch):
-    asked = []
-    original = train.diffusion_loss
-    monkeypatch.setattr(train, "diffusion_loss", lambda *args: asked.append(args[2:]) or original(*args))
-    _, about = load_tensors(train.main(arguments("--prediction", "eps", "--schedule", "linear", "--steps", "1")))
-    assert (about["prediction"], about["schedule"]["name"]) == ("eps", "linear")
-    assert {(schedule.name, prediction, gamma) for schedule, prediction, gamma in asked} == {("linear", "eps", 5.0)}
-
-
 def test_held_out_images_are_validated_on_and_never_trained_on(arguments, monkeypatch):
-    seen = {"train": set(), "validate": set()}
+    seen = {"train": [], "validate": set()}
     original = train.diffusion_loss
 
-    def spy(model, batch, *rest):
-        part = "train" if torch.is_grad_enabled() else "validate"
-        seen[part] |= {round(float(value(x0))) for x0 in batch["x0"]}
-        return original(model, batch, *rest)
+    def spy(model, batch, schedule, prediction, gamma):
+        assert (schedule.name, prediction, gamma) == ("linear", "eps", 5.0)
+        if torch.is_grad_enabled():
+            seen["train"] += map(value, batch["x0"])
+        else:
+            seen["validate"] |= set(map(value, batch["x0"]))
+        return original(model, batch, schedule, prediction, gamma)
 
     monkeypatch.setattr(train, "diffusion_loss", spy)
-    train.main(arguments("--steps", "9"))
-    assert seen == {"train": set(range(30)) - {9, 19, 29}, "validate": {9, 19, 29}}
-
-
-def test_training_lowers_the_loss(arguments, tmp_path):
-    often = ["--validate-every", "5", "--save-every", "40", "--sample-every", "40"]
-    train.main(arguments("--steps", "40", "--lr", "1e-2", "--warmup", "1", "--ema", "0.5", *often))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
-    assert len(losses) == 8
-    assert losses[-1] < 0.9 * losses[0]
+    train.main(arguments(*"--steps 9 --batch-size 3 --prediction eps --schedule linear".split()))
+    assert sorted(seen["train"]) == [k for k in range(30) if k not in (9, 19, 29)]
+    assert seen["validate"] == {9, 19, 29}
 
 
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--data", "nowhere"], "nowhere: no such folder"),
-        (["--image-size", "18"], "--image-size 18"),
-        (["--widths", "8"], "one entry a level"),
-        (["--widths", "7", "8"], "even"),
-        (["--dropout", "1"], "--dropout 1"),
-        (["--min-snr-gamma", "-1"], "--min-snr-gamma -1"),
-        (["--lr", "0"], "--lr 0"),
+        ("--data nowhere", "nowhere: no such folder"),
+        ("--image-size 18", "--image-size 18"),
+        ("--widths 8", "one entry a level"),
+        ("--widths 7 8", "even"),
+        ("--blocks 0", "blocks 0"),
+        ("--dropout 1", "--dropout 1"),
+        ("--min-snr-gamma -1", "--min-snr-gamma -1"),
+        ("--lr 0", "--lr 0"),
+        ("--data few", "9 images; give at least 10"),
     ],
 )
-def test_a_mistake_gives_one_line_and_no_run(arguments, tmp_path, flags, word, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run(train.main, arguments(*flags))
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
-    assert word in err
-    assert err.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-def test_too_few_images_are_refused(arguments, tmp_path, capsys):
-    folder = tmp_path / "few"
-    folder.mkdir()
+def test_a_mistake_gives_one_line_and_no_run(arguments, tmp_path, flags, word, refusal, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few").mkdir()
     for k in range(9):
-        Image.new("RGB", (16, 16)).save(folder / f"{k}.png")
-    with pytest.raises(SystemExit):
-        run(train.main, arguments("--data", str(folder)))
-    assert "9 images; give at least 10" in capsys.readouterr().err
-
-
-def test_defaults_fit_together():
-    args = train.parse_arguments([])
-    config = train.model_config(args)
-    assert config.stride == 8
-    assert args.data.parts[-2:] == ("hw2_data", "faces")
-    assert sample.WEIGHTS.name == "faces.safetensors"
+        Image.new("RGB", (16, 16)).save(tmp_path / "few" / f"{k}.png")
+    assert word in refusal(train.main, arguments(*flags.split()))
+    assert not (tmp_path / "run").exists()
