@@ -24,7 +24,7 @@ SCRIPTS = sorted(
     if "def parse_arguments(" in path.read_text(encoding="utf-8")
 )
 MEASURING = [script for script in SCRIPTS if script.endswith(("/evaluate.py", "/quality.py", "/zeroshot.py"))]
-MEASURING += ["p2_ddim/interpolate.py", "benchmarks/p1.py", "benchmarks/p2.py", "benchmarks/p3.py"]
+MEASURING += ["benchmarks/p1.py", "benchmarks/p2.py", "benchmarks/p3.py"]
 MEASURING += ["benchmarks/scale.py", "benchmarks/sd_full_size.py"]
 EXAMPLE = re.compile(r"^\s*(python .+?)(?:\s+#.*)?$", re.MULTILINE)
 
