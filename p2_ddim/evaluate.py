@@ -17,26 +17,21 @@ from p2_ddim.sample import EXAMPLES, OUTPUT
 
 
 def images_in(folder: Path) -> dict[str, Path]:
-    """The PNG files of a folder by name.
-
-    Raises:
-        UserError: no such folder, or no PNG file in it.
-    """
+    """The PNG files of a folder by name; a `UserError` if there are none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name one with PNG files")
-    files = {path.name: path for path in sorted(folder.glob("*.png")) if not path.name.startswith(".")}
-    if not files:
-        raise UserError(f"{folder}: holds no PNG files; name another folder")
-    return files
+    if files := {path.name: path for path in sorted(folder.glob("*.png")) if not path.name.startswith(".")}:
+        return files
+    raise UserError(f"{folder}: holds no PNG files; name another folder")
 
 
 def squared_errors(out: Path, truth: Path) -> dict[str, float]:
     """Mean squared error of every image, over pixels and colours, on the 0-255 scale; by file name.
 
     Raises:
-        UserError: a folder or an image is missing, one of them has an image more, or two differ in size.
+        UserError: a folder or an image is missing, one folder has an image more, or two images differ in size.
     """
-    drawn, true = images_in(Path(out)), images_in(Path(truth))
+    drawn, true = images_in(out), images_in(truth)
     if lone := sorted(drawn.keys() ^ true.keys()):
         folder, other = (out, truth) if lone[0] in true else (truth, out)
         raise UserError(f"{folder}: has no {lone[0]}, which {other} has ({len(lone)} differ); compare matching folders")
@@ -52,10 +47,9 @@ def squared_errors(out: Path, truth: Path) -> dict[str, float]:
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="evaluate.py", description=__doc__)
+    truth = EXAMPLES / "GT"
     parser.add_argument("out", type=Path, nargs="?", default=OUTPUT, metavar="OUT", help="folder of drawn images")
-    parser.add_argument(
-        "truth", type=Path, nargs="?", default=EXAMPLES / "GT", metavar="GT", help="folder of the ground truth"
-    )
+    parser.add_argument("truth", type=Path, nargs="?", default=truth, metavar="GT", help="folder of the ground truth")
     add_json_argument(parser)
     return parser.parse_args(argv)
 
@@ -66,8 +60,8 @@ def main(args) -> dict[str, float]:
     Raises:
         UserError: as `squared_errors`, or a file that cannot be written.
     """
-    errors = squared_errors(args.out, args.truth)
     check_json(args.json)
+    errors = squared_errors(args.out, args.truth)
     errors["mean"] = sum(errors.values()) / len(errors)
     for name, error in errors.items():
         print(f"{name:<12} {error:9.4f}")

