@@ -95,6 +95,6 @@ def read_real(data: Path | None, size: int = 28) -> dict[str, tuple[LabelledImag
     return {domain: images.split() for domain, images in read_digits(data or DATA, size).items()}
 
 
-def of_layout(images: LabelledImages, domain: str, layout: str) -> LabelledImages:
+def keep_layout(images: LabelledImages, domain: str, layout: str) -> LabelledImages:
     """The images whose digits that layout's folder of the domain holds."""
     return images.take(torch.isin(images.labels, torch.tensor(LAYOUTS[layout][domain])))

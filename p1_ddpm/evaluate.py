@@ -24,7 +24,7 @@ from common.data import LabelledImages, read_image
 from common.metrics import all_distances
 from common.runtime import seeded_generator
 from p1_ddpm.digits import DOMAINS, LAYOUTS, read_real, wanted_digits
-from p1_ddpm.judge import IMAGE_SIZE, WEIGHTS, Judge, LeNet, correct, in_batches, load_classifier, load_judge
+from p1_ddpm.judge import IMAGE_SIZE, WEIGHTS, Judge, LeNet, apply_in_batches, find_correct, load_classifier, load_judge
 from p1_ddpm.sample import DigitOptions, DigitSampler, add_sampling_arguments
 
 NEIGHBOURS = 3  # k of precision and recall
@@ -67,7 +67,7 @@ def draw_sets(sampler: DigitSampler, layout: str, count: int, options: DigitOpti
     return {domain: drawn.take(torch.tensor([d.domain == domain for d in digits])) for domain in DOMAINS}
 
 
-def matched(sets: Sequence[LabelledImages]) -> list[LabelledImages]:
+def match_counts(sets: Sequence[LabelledImages]) -> list[LabelledImages]:
     """A random part of each set, with the same number of images of every digit: as many as the scarcest set has."""
     counts = torch.stack([images.labels.bincount(minlength=10) for images in sets]).min(dim=0).values.tolist()
     parts = []
@@ -77,19 +77,17 @@ def matched(sets: Sequence[LabelledImages]) -> list[LabelledImages]:
     return parts
 
 
-def compare(
-    judge: Judge, drawn: LabelledImages, train: LabelledImages, held: LabelledImages
-) -> tuple[Figures, Figures]:
-    """Distances from held-out images of the drawn images and, as a yardstick, of training images.
+def compare(judge: Judge, *sets: LabelledImages) -> tuple[Figures, Figures]:
+    """Distances of drawn images, and as a yardstick of training images, from held-out images; `sets` are these three.
 
     They are measured on the judge's features, with equal counts of every digit in all three sets. Such sets differ less
     than sets drawn at random, so the kernel distance of like sets comes out slightly below zero. Both results are empty
     if the sets have too few digits in common.
     """
-    parts = matched([drawn, train, held])
+    parts = match_counts(sets)
     if len(parts[0]) <= NEIGHBOURS:
         return {}, {}
-    drawn, train, held = (in_batches(judge.features, part.images) for part in parts)
+    drawn, train, held = (apply_in_batches(judge.features, part.images) for part in parts)
     of_drawn, of_train = (all_distances(held, features, NEIGHBOURS) for features in (drawn, train))
     return of_drawn | {"compared": len(held)}, of_train | {"images": len(held)}
 
@@ -97,36 +95,36 @@ def compare(
 def measure(
     sets: Sets, judges: Mapping[str, Judge], real: Mapping[str, tuple], classifier: LeNet | None = None
 ) -> tuple[Figures, Figures]:
-    """Measure one set of digits.
+    """Measure one set of digits, beside real ones where there are some.
 
     Args:
         sets: drawn images by domain.
         judges: by domain.
-        real: training and held-out images by domain, of those domains that are to be compared.
+        real: training and held-out images by domain; a domain that is not there is not compared.
         classifier: the course's, for mnistm.
 
     Returns:
-        Figures: `score`, the course's mean of both domains' accuracies, and those of each domain. Yardsticks: for each
-        domain, what held-out and training images get in the place of drawn ones.
+        The figures of each domain and `score`, the course's mean of both accuracies; and the yardsticks of each domain,
+        which are what held-out and training images get in the place of drawn ones.
     """
     figures, yardsticks = {}, {}
     for domain, images in sets.items():
         judge = judges[domain]
-        right = correct(judge, images).double()
+        right = find_correct(judge, images)
         by_digit = {
-            str(digit): right[images.labels == digit].mean().item() for digit in images.labels.unique().tolist()
+            str(label): right[images.labels == label].mean().item() for label in range(10) if label in images.labels
         }
         found = {"images": len(images), "accuracy": right.mean().item(), "accuracy_by_digit": by_digit}
         held_out = {"images": judge.about["held_out"], "accuracy": judge.about["held_out_accuracy"]}
         figures[domain], yardsticks[domain] = found, {"held_out_images": held_out}
-        if classifier and domain == "mnistm":
-            found["classifier_accuracy"] = correct(classifier, images).double().mean().item()
-            if domain in real:
-                held_out["classifier_accuracy"] = correct(classifier, real[domain][1]).double().mean().item()
         if domain in real:
             distances, training = compare(judge, images, *real[domain])
             found |= distances
             yardsticks[domain] |= {"training_images": training} if training else {}
+        if classifier and domain == "mnistm":
+            found["classifier_accuracy"] = find_correct(classifier, images).mean().item()
+            if domain in real:
+                held_out["classifier_accuracy"] = find_correct(classifier, real[domain][1]).mean().item()
     return {"score": statistics.fmean(found["accuracy"] for found in figures.values())} | figures, yardsticks
 
 

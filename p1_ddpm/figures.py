@@ -65,7 +65,7 @@ def draw_guidance(sampler: DigitSampler, options: DigitOptions) -> Tensor:
     )
 
 
-def snapshots(noise: Tensor, steps: Sequence[Step]) -> Tensor:
+def draw_snapshots(noise: Tensor, steps: Sequence[Step]) -> Tensor:
     """Six moments of the walk, first and last included: for each digit xt, and beneath it the x0 predicted from it."""
     xt = [noise, *(step.xt for step in steps)]
     # A step's x0 was predicted from the xt before it; from the finished image nothing is predicted any more.
@@ -81,7 +81,7 @@ def snapshots(noise: Tensor, steps: Sequence[Step]) -> Tensor:
     )
 
 
-def frames(noise: Tensor, steps: Sequence[Step]) -> list[Tensor]:
+def draw_frames(noise: Tensor, steps: Sequence[Step]) -> list[Tensor]:
     """The walk as frames of a GIF, the first 0 beside the first 1."""
     states = [(noise, f"t = {steps[0].t}")]
     states += [(step.xt, f"t = {following.t}") for step, following in pairwise(steps)]
@@ -111,11 +111,11 @@ def main(args) -> list[Path]:
         pictures = draw_grids(sampler, options, real)
         slowly = replace(options, **PROCESS)
         noise, steps = sampler.noise(FIRST, slowly), list(sampler.walk(FIRST, slowly))
-        pictures["reverse_process.png"] = snapshots(noise, steps)
+        pictures["reverse_process.png"] = draw_snapshots(noise, steps)
         pictures["guidance.png"] = draw_guidance(sampler, options)
         for name, picture in pictures.items():
             save_png(stage / name, picture)
-        save_gif(stage / "reverse_process.gif", frames(noise, steps), milliseconds=80)
+        save_gif(stage / "reverse_process.gif", draw_frames(noise, steps), milliseconds=80)
     names = [*pictures, "reverse_process.gif"]
     say(f"{len(names)} figures in {args.out}: {', '.join(names)}")
     return [args.out / name for name in names]

@@ -1,4 +1,4 @@
-"""The judges: who says which digit an image shows, for each domain, and the course's own LeNet.
+"""The judges, which tell what digit an image shows, one for each domain; and the course's own LeNet.
 
 A judge is a small residual network trained on real images only. It scores what the diffusion model draws, and is never
 used to train it or to pick its images.
@@ -31,11 +31,11 @@ from p1_ddpm.digits import DATA, ROOT, read_digits
 IMAGE_SIZE = 28
 WIDTHS = (32, 64, 128)
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-# How often a judge sees each image of its domain; SVHN's are few.
+# How often a judge sees each image of its domain; SVHN has fewer.
 EPOCHS = {"mnistm": 3, "svhn": 40}
 
 
-class ResidualBlock(nn.Module):
+class JudgeBlock(nn.Module):
     """Two 3x3 convolutions with batch norm, around a shortcut (He et al. 2016, figure 2)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
@@ -62,10 +62,10 @@ class Judge(nn.Module):
             nn.Conv2d(3, fine, 3, padding=1, bias=False),
             nn.BatchNorm2d(fine),
             nn.ReLU(),
-            ResidualBlock(fine, middle, 2),
-            ResidualBlock(middle, middle, 1),
-            ResidualBlock(middle, coarse, 2),
-            ResidualBlock(coarse, coarse, 1),
+            JudgeBlock(fine, middle, 2),
+            JudgeBlock(middle, middle, 1),
+            JudgeBlock(middle, coarse, 2),
+            JudgeBlock(coarse, coarse, 1),
         )
         self.dropout = nn.Dropout(dropout)
         self.last = nn.Linear(coarse, num_labels)
@@ -97,15 +97,15 @@ class LeNet(nn.Module):
 
 
 def judge_path(folder: Path, domain: str) -> Path:
-    """Where a domain's judge lies."""
+    """The file of a domain's judge."""
     return Path(folder) / f"judge_{domain}.safetensors"
 
 
 def load_judge(folder: Path, domain: str) -> Judge:
-    """The judge of a domain; its `about` holds the facts in its file, such as `held_out_accuracy`.
+    """The judge of a domain, in eval mode; `judge.about` holds what its file says of it, such as `held_out_accuracy`.
 
     Raises:
-        UserError: it is missing, truncated, or something else.
+        UserError: the file is missing, truncated, or another model's.
     """
     path = judge_path(folder, domain)
     state, about = load_model_file(path, "Judge")
@@ -130,14 +130,14 @@ def load_classifier(path: Path) -> LeNet:
 
 
 @torch.inference_mode()
-def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 500) -> Tensor:
-    """`function` of uint8 images (N, 3, H, W), which it gets in [-1, 1], a batch at a time."""
+def apply_in_batches(function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 500) -> Tensor:
+    """Call a function, a batch at a time, on uint8 images (N, 3, H, W), which it gets in [-1, 1]; joins the results."""
     return torch.cat([function(to_unit_range(part)) for part in progress(images.split(batch_size), "judging", "part")])
 
 
-def correct(model: nn.Module, images: LabelledImages) -> Tensor:
-    """Which images show the digit that they should, bool (N,)."""
-    return in_batches(model, images.images).argmax(dim=1) == images.labels
+def find_correct(model: nn.Module, images: LabelledImages) -> Tensor:
+    """1 for an image that the model reads as its label, else 0: float64 (N,), whose mean is the accuracy."""
+    return (apply_in_batches(model, images.images).argmax(dim=1) == images.labels).double()
 
 
 def distort(images: Tensor, generator: torch.Generator, turn: float = 10, zoom: float = 0.12) -> Tensor:
@@ -182,18 +182,10 @@ def judge_loss(model: nn.Module, batch: Batch) -> Tensor:
 def train_judge(
     domain: str, images: LabelledImages, epochs: float, folder: Path, widths: Sequence[int] = WIDTHS, **changed
 ) -> Path:
-    """Train a domain's judge on the training part of `images.split()`, and measure it once on the held-out part.
+    """Train a domain's judge on the training part of `images.split()`; returns the file of its weights.
 
-    Args:
-        domain: whose judge.
-        images: real images of that domain, 28x28.
-        epochs: how often each image is seen.
-        folder: where the finished weights go.
-        widths: see `Judge`.
-        changed: fields of `TrainingOptions` that differ from the shipped judges'.
-
-    Returns:
-        The written file; its facts hold `held_out_accuracy` (0 to 1) and `held_out` (how many images).
+    Each image is seen `epochs` times; `changed` are fields of `TrainingOptions` that differ from the shipped judges'.
+    The file's facts hold `held_out_accuracy` (0 to 1), measured once on the `held_out` (how many) other images.
     """
     from common.training import Trainer  # here, because judging needs none of what it imports
 
@@ -216,7 +208,7 @@ def train_judge(
     state = half(averaged.state_dict())
     loaded = Judge(**judge.about["config"]).eval()
     load_strictly(loaded, state, domain)
-    about["held_out_accuracy"] = correct(loaded, held).double().mean().item()
+    about["held_out_accuracy"] = find_correct(loaded, held).mean().item()
     path = judge_path(folder, domain)
     about |= {"held_out": len(held), "trained_on": len(train), "epochs": epochs, "training": asdict(options)}
     save_tensors(path, state, about)

@@ -42,7 +42,7 @@ class DigitOptions:
     steps: int = option(10, "steps of the reverse process")
     eta: float = option(0.0, "fresh noise in each step of ddim: 0 for none, 1 for as much as ddpm")
     seed: int = option(0, "seed of the noise; the same seed gives the same images")
-    batch_size: int = option(100, "images drawn at a time; does not change them")
+    batch_size: int = option(100, "images drawn at a time; they do not depend on it")
     precision: str = option("auto", "precision of the network; auto is bf16 on a CPU that has it", choices=PRECISIONS)
     device: str = option("auto", "where to compute: auto, cpu, cuda, cuda:1, ...")
 
@@ -139,7 +139,7 @@ def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="sample.py", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder that gets mnistm/ and svhn/")
     group = parser.add_argument_group("digits")
-    group.add_argument("--layout", choices=LAYOUTS, default="2025", help="edition of the course")
+    group.add_argument("--layout", choices=LAYOUTS, default="2025", help="edition of the course that OUT is filled for")
     group.add_argument("--classes", type=int, nargs="+", help="draw only these digits")
     group.add_argument("--count", type=int, default=50, help="images of each digit and domain")
     group.add_argument("--overwrite", action="store_true", help="remove other files from OUT's two folders")

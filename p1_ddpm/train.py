@@ -34,7 +34,7 @@ from common.sampling import Denoiser, ImageNoise, draw
 from common.schedule import PREDICTIONS, SCHEDULES, NoiseSchedule
 from common.training import Batch, Trainer, diffusion_loss, loss_of, save_half
 from common.training_options import TrainingOptions, add_training_arguments, training_options
-from p1_ddpm.digits import DATA, DOMAINS, LAYOUTS, ROOT, joint_label, of_layout, read_digits
+from p1_ddpm.digits import DATA, DOMAINS, LAYOUTS, ROOT, joint_label, keep_layout, read_digits
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
 
 Sets = dict[str, LabelledImages]  # by domain
@@ -49,24 +49,24 @@ class DigitTraining:
         UserError: a value is out of its range.
     """
 
-    out: Path = option(ROOT / "runs" / "p1", "folder of the run")
-    init: Path | None = option(None, "weights to start from; a resumed run has its own", type=Path)
+    out: Path = option(ROOT / "runs" / "p1", "folder of the run: states, logs, samples and weights")
+    init: Path | None = option(None, "weights to start from; ignored when a run is resumed", type=Path)
     data: Path = option(DATA, "the course's digits folder, which holds mnistm/, svhn/ or both")
-    csv: Path | None = option(None, "any CSV with image_name,label, in place of the digits", type=Path)
-    layout: str = option("2024", "keep only the digits of this edition; 2024 has all", choices=LAYOUTS)
+    csv: Path | None = option(None, "train on this CSV (image_name,label) instead of the digits", type=Path)
+    layout: str = option("2024", "train on the digits of this edition; 2024 has all of them", choices=LAYOUTS)
     image_size: int = option(28, "side of the images in pixels, divisible by 4")
     augment: Sequence[str] | None = option(
-        None, "domains whose images are jittered (default: svhn if it is there)", type=str, nargs="*", metavar="DOMAIN"
+        None, "domains whose images are jittered (default: svhn, if there)", type=str, nargs="*", metavar="DOMAIN"
     )
     weights: Sequence[str] = option(
-        (), "how often a domain is drawn, relative to 1 for the others", type=str, nargs="+", metavar="DOMAIN=W"
+        (), "how often a domain is drawn; the others have weight 1", type=str, nargs="+", metavar="DOMAIN=W"
     )
-    widths: Sequence[int] = option(ContextUNetConfig.widths, "channels of each level", type=int, nargs="+")
+    widths: Sequence[int] = option(ContextUNetConfig.widths, "channels of each level of the U-Net", type=int, nargs="+")
     blocks: Sequence[int] = option(ContextUNetConfig.blocks, "residual blocks of each level", type=int, nargs="+")
     schedule: str = option("cosine", "noise schedule", choices=SCHEDULES)
     prediction: str = option("v", "what the network predicts", choices=PREDICTIONS)
-    min_snr_gamma: float = option(5.0, "cap of the min-SNR loss weights; 0 for no weights")
-    label_drop: float = option(0.15, "share of labels that are dropped, which guidance needs")
+    min_snr_gamma: float = option(5.0, "cap of the min-SNR loss weights; 0 turns them off")
+    label_drop: float = option(0.15, "share of labels that are dropped; guidance needs some")
 
     def __post_init__(self):
         check("label_drop", self.label_drop, 0 <= self.label_drop <= 1, "between 0 and 1")
@@ -84,7 +84,7 @@ class DigitBatches:
     drop: float = 0.0  # probability that a label becomes the null label (Ho and Salimans 2022, algorithm 1)
     augment: Sequence[str] = ()  # domains whose images are jittered
     seed: int = 0  # of the order in which images come
-    weights: Mapping[str, float] = field(default_factory=dict)  # how often each domain comes, if not once
+    weights: Mapping[str, float] = field(default_factory=dict)  # how often each domain comes, relative to 1
 
     def __post_init__(self):
         # Rounded at their bounds, the shares add up to the batch size.
@@ -132,7 +132,7 @@ def read_sets(config: DigitTraining) -> tuple[Sets, Sets, dict[str, int]]:
         # The split comes first: models of all layouts then share one held-out part.
         parts = images.split()
         if not config.csv:
-            parts = [of_layout(part, name, config.layout) for part in parts]
+            parts = [keep_layout(part, name, config.layout) for part in parts]
         if not all(len(part) for part in parts):
             raise UserError(f"--layout {config.layout}: leaves too few images of {name} to hold some out; give more")
         train[name], held_out[name] = parts
@@ -167,7 +167,7 @@ def model_config(config: DigitTraining, num_labels: int) -> ContextUNetConfig:
 
 
 def draw_samples(model: ContextUNet, labels: Sequence[int], size: int, schedule: NoiseSchedule, prediction: str):
-    """An image of each label, always from the same noise, to watch a model learn: uint8 (N, 3, size, size)."""
+    """Draw an image of each label, always from the same noise, to watch a model learn: uint8 (N, 3, size, size)."""
     labels = torch.tensor(labels, device=next(model.parameters()).device)
     condition, null = {"labels": labels}, {"labels": torch.full_like(labels, model.null_label)}
     noise = ImageNoise([(0, k) for k in range(len(labels))])

@@ -3,7 +3,7 @@
 import pytest
 
 from common.cli import UserError
-from p1_ddpm.digits import DOMAINS, LAYOUTS, joint_label, of_layout, read_digits
+from p1_ddpm.digits import DOMAINS, LAYOUTS, joint_label, keep_layout, read_digits
 
 
 def test_joint_classes_follow_one_another():
@@ -28,7 +28,7 @@ def test_a_layout_keeps_its_digits(digits, layout):
     sets = read_digits(digits, size=8)
     assert list(sets) == ["mnistm", "svhn"]
     for domain in sets:
-        images, expected = of_layout(sets[domain], domain, layout), LAYOUTS[layout][domain]
+        images, expected = keep_layout(sets[domain], domain, layout), LAYOUTS[layout][domain]
         assert sorted(set(images.labels.tolist())) == list(expected)
         assert len(images) == 4 * len(expected)
 

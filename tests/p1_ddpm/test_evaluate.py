@@ -35,7 +35,7 @@ def graded(tmp_path, judges):
     judge = load_judge(judges, "mnistm")
     for domain, labels in DIGITS.items():
         images = striped(torch.tensor(labels).repeat(40), seed=5).images
-        seen = evaluate.in_batches(judge, images).argmax(dim=1)
+        seen = evaluate.apply_in_batches(judge, images).argmax(dim=1)
         for digit in labels:
             chosen = images[seen == digit][:8]
             assert len(chosen) == 8
@@ -116,7 +116,7 @@ def numbered(labels):
 
 def test_compared_sets_have_equally_many_of_every_digit():
     sets = [numbered([0] * 9 + [1] * 2 + [5] * 4), numbered([1] * 7 + [0] * 3), numbered([5, 1, 0] * 20)]
-    for part, whole in zip(evaluate.matched(sets), sets):
+    for part, whole in zip(evaluate.match_counts(sets), sets):
         assert part.labels.bincount(minlength=10).tolist() == [3, 2] + [0] * 8
         numbers = part.images[:, 0, 0, 0].long()
         assert len(numbers.unique()) == len(numbers)
@@ -133,7 +133,7 @@ def test_distances_are_those_of_the_features_of_equal_counts(judges, stripes):
     with torch.no_grad():
         chosen, reference, real = (
             judge.features(part.images.float() / 127.5 - 1)
-            for part in (*evaluate.matched([drawn, train, held])[:2], held)
+            for part in (*evaluate.match_counts([drawn, train, held])[:2], held)
         )
     for features, found in ((chosen, of_drawn), (reference, of_train)):
         assert found["frechet"] == pytest.approx(frechet_distance(features, real), rel=1e-4)

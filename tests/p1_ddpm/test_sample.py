@@ -113,14 +113,9 @@ def test_two_processes_draw_what_one_draws(tmp_path, weights):
     alone = draw(tmp_path / "one", weights, "--count", "3", "--precision", "fp32")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     flags = ["--weights", str(weights), "--steps", "3", "--count", "3", "--precision", "fp32"]
-    run = subprocess.run(
-        [*launch, str(ROOT / "p1_ddpm" / "sample.py"), str(tmp_path / "two"), *flags],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
+    command = [*launch, str(ROOT / "p1_ddpm" / "sample.py"), str(tmp_path / "two"), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=240)
     # Some versions of torch report gloo's connections on stdout.
     told = [line for line in run.stdout.splitlines() if not line.startswith("[Gloo]")]
     assert told == [f"30 images in {tmp_path / 'two'}, drawn by 2 processes"]
@@ -139,13 +134,6 @@ def complaint(refusal):
         return refusal(sample.main, sample.parse_arguments([str(out), *flags]))
 
     return refused
-
-
-def test_out_must_be_a_folder_that_can_be_written(tmp_path, weights, complaint):
-    (tmp_path / "file").write_text("mine")
-    assert f"{tmp_path / 'file'}: is a file" in complaint(tmp_path / "file", weights)
-    assert (tmp_path / "file").read_text() == "mine"
-    assert "cannot be written" in complaint("/proc/digits", weights)
 
 
 def test_files_that_a_grader_would_misread_stop_the_run(tmp_path, weights, complaint):

@@ -8,18 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
-from common.checkpoint import load_about, load_model_file, load_strictly, load_tensors, save_tensors
-from common.cli import options_from
+from common.checkpoint import load_about, load_model_file, load_strictly, load_tensors
 from common.data import to_unit_range
 from common.runtime import seeded_generator
 from common.schedule import NoiseSchedule
-from common.training_options import training_options
 from p1_ddpm.digits import DOMAINS, read_digits
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
-from p1_ddpm.train import DigitBatches, DigitTraining, main, parse_arguments
-from p1_ddpm.train import train as train_network
+from p1_ddpm.train import DigitBatches, main, parse_arguments
 from tests.training import killed_at, metrics, newest, same_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +54,8 @@ def test_a_run_leaves_its_weights_states_log_and_pictures(finished):
     kinds = [set(line) - {"step"} for line in metrics(finished)]
     assert kinds.count({"loss", "norm", "lr"}) == 20
     assert kinds.count({"validation_loss"}) == 2
+    losses = [line["loss"] for line in metrics(finished) if "loss" in line]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
 def test_the_finished_file_rebuilds_the_averaged_model_alone(finished):
@@ -77,11 +75,6 @@ def test_the_finished_file_rebuilds_the_averaged_model_alone(finished):
     averaged = load_tensors(finished / "state_00000020.safetensors", "ema.")[0]
     for name, tensor in model.state_dict().items():
         assert (tensor - averaged[name]).abs().max() <= 1e-3 * averaged[name].abs().max()
-
-
-def test_training_learns(finished):
-    losses = [line["loss"] for line in metrics(finished) if "loss" in line]
-    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
 def test_ten_steps_a_kill_and_ten_more_are_twenty(digits, finished, tmp_path):
@@ -188,7 +181,6 @@ def test_batches_depend_on_seed_and_step_alone(digits):
         (["--csv", "{tmp}/few/train.csv"], "{tmp}/few/train.csv: 3 images of few; give at least 10"),
         (["--image-size", "10"], "--image-size 10: must be divisible by 4"),
         (["--image-size", "0"], "--image-size 0: must be divisible by 4"),
-        (["--accumulate", "3"], "--batch-size 8: must be divisible by 1 processes x --accumulate 3"),
         (["--augment", "usps"], "--augment usps: no such domain; choose from mnistm, svhn"),
         (["--weights", "usps=2"], "--weights usps=2: must be DOMAIN=W with W above 0 and one of mnistm, svhn"),
         (["--weights", "svhn"], "--weights svhn: must be DOMAIN=W with W above 0 and one of mnistm, svhn"),
@@ -197,9 +189,7 @@ def test_batches_depend_on_seed_and_step_alone(digits):
         (["--widths", "7", "8"], "--widths, --blocks: width 7"),
         (["--label-drop", "2"], "--label-drop 2.0"),
         (["--min-snr-gamma", "nan"], "--min-snr-gamma nan"),
-        (["--steps", "0"], "--steps 0: must be above 0"),
         (["--seed", "-3"], "--seed -3: must be at least 0"),
-        (["--device", "cuda:77"], "--device cuda:77: "),
         # Every tenth image of these is a nine, which the 2025 layout's mnistm does not hold.
         (["--layout", "2025"], "--layout 2025: leaves too few images of mnistm to hold some out; give more"),
         (["--init", "{tmp}/absent"], "{tmp}/absent: no such weights file"),
@@ -230,40 +220,3 @@ def test_init_starts_from_finished_weights(digits, finished, tmp_path):
     assert about["training"]["init"] == str(source)
     other = load_tensors(train(digits, tmp_path / "third", *still))[0]
     assert not all(torch.equal(before[name], other[name]) for name in before)
-
-
-class Backwards(nn.Embedding):
-    """A table whose rows are read in the opposite order."""
-
-    def forward(self, labels):
-        return super().forward(self.num_embeddings - 1 - labels)
-
-
-class BackwardsUNet(ContextUNet):
-    def __init__(self, config):
-        super().__init__(config)
-        self.context = Backwards(config.num_labels + 1, config.embedding)
-
-
-def test_other_networks_are_trained_and_saved_as_plain_ones(digits, tmp_path):
-    """What an ablation of the class embedding does: train a subclass, save what a plain network can load."""
-    trained = []
-
-    def save_plainly(path):
-        def write(averaged, facts):
-            trained.append(averaged)
-            state = averaged.state_dict()
-            save_tensors(path, state | {"context.weight": state["context.weight"].flip(0)}, facts)
-
-        return write
-
-    args = parse_arguments(["--data", str(digits), "--out", str(tmp_path), *SMALL, "--lr", "0.05"])
-    config = options_from(args, DigitTraining)
-    path = train_network(config, training_options(args), make_model=BackwardsUNet, save=save_plainly)
-    state, about = load_model_file(path, "ContextUNet")
-    plain = ContextUNet(ContextUNetConfig(**about["config"])).eval()
-    load_strictly(plain, state, "model")
-    (x, t, labels), other = (torch.randn(21, 3, 8, 8), torch.arange(21), torch.arange(21)), trained[0]
-    assert isinstance(other, BackwardsUNet)
-    assert (plain(x, t, labels) - other(x, t, labels)).abs().max() < 1e-6
-    assert (plain(x, t, labels) - other(x, t, labels.flip(0))).abs().max() > 1e-4
