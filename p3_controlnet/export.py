@@ -13,21 +13,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.checkpoint import half, save_tensors
 from common.cli import Parser, UserError, run, say
 from latent_diffusion.files import original_controlnet_names
-from p3_controlnet.config import ControlNetConfig
-from p3_controlnet.model import ControlNet
+from p3_controlnet.model import ControlNet, ControlNetConfig
 
-LAYOUTS = ("original", "diffusers")
-# What a reader can tell from the shapes; all else is Stable Diffusion v1's in the original layout.
-FREE = ("block_out_channels", "cross_attention_dim", "conditioning_channels", "conditioning_embedding_out_channels")
+# What a reader can tell from the weights' shapes; the original's other sizes are always Stable Diffusion v1's.
+SHOWN = ("block_out_channels", "cross_attention_dim", "conditioning_embedding_out_channels")
 
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="export.py", description=__doc__)
     parser.add_argument("controlnet", type=Path, metavar="CONTROLNET", help="a folder, or one file")
     parser.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file, or diffusers' folder")
-    weights = parser.add_argument_group("weights")
-    weights.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="whose names to give the weights")
-    weights.add_argument("--fp32", action="store_true", help="twice the size, for training on")
+    parser.add_argument("--layout", choices=("original", "diffusers"), default="original", help="how weights are named")
+    parser.add_argument("--fp32", action="store_true", help="write fp32, twice the size, to train on from it")
     return parser.parse_args(argv)
 
 
@@ -45,18 +42,12 @@ def main(args) -> Path:
     else:
         if args.out.is_dir() or args.out.suffix != ".safetensors":
             raise UserError(f"{args.out}: name a .safetensors file for the original layout")
-        facts = (
-            "block_out_channels",
-            "cross_attention_dim",
-            "conditioning_channels",
-            "conditioning_embedding_out_channels",
-        )
-        like_v1 = replace(ControlNetConfig(), **{name: getattr(controlnet.config, name) for name in facts})
-        if controlnet.config != like_v1:
+        if controlnet.config != replace(
+            ControlNetConfig(), **{name: getattr(controlnet.config, name) for name in SHOWN}
+        ):
             raise UserError(f"{args.controlnet}: its base is built unlike Stable Diffusion v1; add --layout diffusers")
-        state = controlnet.state_dict()
         names = original_controlnet_names()
-        state = {names[name]: tensor for name, tensor in state.items()}
+        state = {names[name]: tensor for name, tensor in controlnet.state_dict().items()}
         save_tensors(args.out, state if args.fp32 else half(state), {})
     say(f"{args.out}: a ControlNet in the {args.layout} layout")
     return args.out

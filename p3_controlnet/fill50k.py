@@ -3,7 +3,9 @@
 python fill50k.py runs/fill50k --count 20000                       # one circle or two
 python fill50k.py runs/test --count 200 --circles 1 --held-out     # colour pairs that training never shows
 
-OUT gets prompt.json (a line an image), source/ (outlines, white on black) and target/ (discs on a background).
+OUT gets prompt.json (a line an image), source/ (outlines, white on black) and target/ (discs on a background). The
+examples that come with the project were made with
+    python fill50k.py examples --count 20 --circles 1 --held-out --seed 2025 --report
 """
 
 import json
@@ -14,43 +16,59 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image
 
-from common.cli import Parser, Progress, UserError, run, say
+from common.cli import Parser, check, progress, run, say
 from common.images import staged
-from latent_diffusion.miniature.scenes import draw_hint, draw_target, random_scenes
+from latent_diffusion.miniature.scenes import Circle, Scene, draw_hint, draw_target, random_scenes
 
 SMALLEST = 32  # pixels
 CIRCLES = {"1": (1,), "2": (2,), "both": (1, 2)}
+# The report's two circles: left, right, background. The course's sentence names one colour for both.
+REPORT = {"two_gray": ("gray", "gray", "medium blue"), "two_colours": ("gold", "crimson", "dark slate gray")}
+REPORT_HINT = "source/two.png"
+
+
+def report_scene(size: int, left: str, right: str, background: str) -> Scene:
+    """The report's two circles, in these colours."""
+    unit = size / 128
+    circles = Circle(40 * unit, 52 * unit, 24 * unit, left), Circle(92 * unit, 80 * unit, 20 * unit, right)
+    return Scene(circles, background)
 
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="fill50k.py", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
     circles = parser.add_argument_group("circles")
-    circles.add_argument("--count", type=int, default=20_000, help="images")
-    circles.add_argument("--size", type=int, default=128, help="side in pixels")
-    circles.add_argument("--seed", type=int, default=0, help="image k depends on it and k alone")
-    circles.add_argument("--circles", choices=CIRCLES, default="both", help="in an image; both: in turns")
-    circles.add_argument("--held-out", action="store_true", help="only the colour pairs kept for testing")
+    circles.add_argument("--count", type=int, default=20_000, help="how many images")
+    circles.add_argument("--size", type=int, default=128, help="side of the images in pixels")
+    circles.add_argument("--seed", type=int, default=0, help="image k depends on the seed and k alone")
+    circles.add_argument(
+        "--circles", choices=CIRCLES, default="both", help="circles an image; both: one and two in turns"
+    )
+    circles.add_argument("--held-out", action="store_true", help="use only the colour pairs kept for testing")
+    circles.add_argument("--report", action="store_true", help="add the report's hint of two circles, with two prompts")
     return parser.parse_args(argv)
 
 
 def main(args) -> Path:
-    """Write the images and their table; returns the table's path."""
-    if args.count < 1 or args.size < SMALLEST:
-        raise UserError(f"--count {args.count} --size {args.size}: they start at 1 and {SMALLEST}")
+    """Write the images and their table; returns the table's path.
+
+    Raises:
+        UserError: a value out of its range, or a folder that cannot be written.
+    """
+    check("count", args.count, args.count >= 1, "at least 1")
+    check("size", args.size, args.size >= SMALLEST, f"at least {SMALLEST}")
     scenes = random_scenes(args.count, args.size, args.seed, CIRCLES[args.circles], args.held_out)
-    with staged(args.out) as stage, Progress(args.count, "circles", "image") as phase:
-        folders = {"source": draw_hint, "target": draw_target}
-        for folder in folders:
-            (stage / folder).mkdir()
-        with open(stage / "prompt.json", "w") as table:
-            for k, scene in enumerate(scenes):
-                names = {folder: f"{folder}/{k}.png" for folder in folders}
-                for folder, draw in folders.items():
-                    # Flat areas shrink well at any level; the first one is the quickest.
-                    Image.fromarray(draw(scene, args.size)).save(stage / names[folder], compress_level=1)
-                table.write(json.dumps(names | {"prompt": scene.prompt}) + "\n")
-                phase.update()
+    named = [(f"source/{k}.png", f"target/{k}.png", scene) for k, scene in enumerate(scenes)]
+    if args.report:
+        named += [(REPORT_HINT, f"target/{name}.png", report_scene(args.size, *REPORT[name])) for name in REPORT]
+    with staged(args.out) as stage, open(stage / "prompt.json", "w") as table:
+        (stage / "source").mkdir()
+        (stage / "target").mkdir()
+        for source, target, scene in progress(named, "circles", "image"):
+            for name, draw in ((source, draw_hint), (target, draw_target)):
+                # Flat areas shrink well at any level; the first one is the quickest.
+                Image.fromarray(draw(scene, args.size)).save(stage / name, compress_level=1)
+            table.write(json.dumps({"source": source, "target": target, "prompt": scene.prompt}) + "\n")
     say(f"{args.count} images in {args.out}")
     return args.out / "prompt.json"
 

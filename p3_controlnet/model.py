@@ -2,13 +2,14 @@
 
     hint --hint encoder--> + conv_in(xt) --copied encoder--> skips, middle --zero convolutions--> residuals
 
-The names of its weights and its files are those of diffusers' `ControlNetModel`: each loads what the other saved.
+unet.py adds the residuals to the frozen U-Net. Weights and files are named as those of diffusers' `ControlNetModel`:
+each loads what the other saved.
 """
 
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,28 +24,77 @@ from common.cli import UserError
 from common.layers import zeroed
 from latent_diffusion.base import Base
 from latent_diffusion.files import controlnet_sizes, find_controlnet, open_weights
-from p3_controlnet.config import ControlNetConfig, read_config
-from p3_controlnet.unet import encode
 
 COPIED = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+# What some diffusers models have and this one has not, with the config's value for "absent".
+ABSENT = {"global_pool_conditions": False, "controlnet_conditioning_channel_order": "rgb"} | dict.fromkeys(
+    ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_attention_heads", "num_class_embeds")
+)
 
 
-def new_unet(config: ControlNetConfig) -> UNet2DConditionModel:
-    """A U-Net, newly initialised, whose first half has the config's sizes."""
-    shared = {name: value for name, value in asdict(config).items() if not name.startswith("conditioning_")}
-    up_block_types = tuple(name.replace("Down", "Up") for name in reversed(config.down_block_types))
-    return UNet2DConditionModel(**shared, up_block_types=up_block_types)
+@dataclass(frozen=True)
+class ControlNetConfig:
+    """The sizes of a `ControlNet`, named as in diffusers; the defaults are Stable Diffusion v1's.
+
+    The last two are the hint's channels and the widths of its encoder, each of which after the first halves the grid.
+    """
+
+    in_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")
+    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    only_cross_attention: bool | tuple[bool, ...] = False
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = 1
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 768
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    resnet_time_scale_shift: str = "default"
+    conditioning_channels: int = 3
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+
+    def __post_init__(self):
+        for item in fields(self):
+            if isinstance(value := getattr(self, item.name), list):  # as JSON has it
+                object.__setattr__(self, item.name, tuple(value))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], source: object) -> "ControlNetConfig":
+        """The part of a diffusers config, a U-Net's or a `ControlNetModel`'s, that a ControlNet is built from.
+
+        Raises:
+            UserError: the model has parts that this ControlNet does not know, such as Stable Diffusion XL's.
+        """
+        for name, absent in ABSENT.items():
+            if config.get(name, absent) != absent:
+                raise UserError(f"{source}: its {name} is {config[name]}, which is not supported; name another model")
+        return cls(**{item.name: config[item.name] for item in fields(cls) if item.name in config})
+
+    @property
+    def hint_factor(self) -> int:
+        """Pixels of a hint along one side of a latent."""
+        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+
+    @property
+    def skip_channels(self) -> list[int]:
+        """Channels of the U-Net's skips: of `conv_in`, and of every residual block and downsampling."""
+        channels = [self.block_out_channels[0]]
+        for width in self.block_out_channels:
+            channels += [width] * (self.layers_per_block + 1)
+        return channels[:-1]  # the last level has no downsampling
 
 
 class HintEncoder(nn.Module):
-    """Convolutions from a hint's pixels to the latent grid; the last one starts at zero.
-
-    Args:
-        hint_channels: colour channels of the hint.
-        widths: see `ControlNetConfig.conditioning_embedding_out_channels`.
-        out_channels: width of the U-Net's first level.
-    """
+    """Convolutions from a hint's pixels to the latent grid; the last one starts at zero."""
 
     gradient_checkpointing = False  # see `checkpoint_gradients`
 
@@ -71,33 +121,27 @@ class HintEncoder(nn.Module):
 class ControlNet(nn.Module):
     """Predicts from a hint what to add to a frozen U-Net's skips and middle (Zhang et al. 2023, section 3.2).
 
-    A new one adds nothing: its zero convolutions start at zero.
-
-    Args:
-        config: sizes; see `ControlNetConfig`.
-        unet: whose first half is copied; by default a new one. See `from_unet`.
+    A new one adds nothing: its zero convolutions start at zero. Without a U-Net to copy from, weights are random.
     """
 
     def __init__(self, config: ControlNetConfig, unet: UNet2DConditionModel | None = None):
         super().__init__()
-        self.config, first = config, config.block_out_channels[0]
-        unet = new_unet(config) if unet is None else unet
+        self.config, first, last = config, config.block_out_channels[0], config.block_out_channels[-1]
+        if unet is None:
+            shared = {name: size for name, size in asdict(config).items() if not name.startswith("conditioning_")}
+            up_block_types = tuple(name.replace("Down", "Up") for name in reversed(config.down_block_types))
+            unet = UNet2DConditionModel(**shared, up_block_types=up_block_types)
         for part in COPIED:
             self.add_module(part, copy.deepcopy(getattr(unet, part)))
         self.controlnet_cond_embedding = HintEncoder(
             config.conditioning_channels, config.conditioning_embedding_out_channels, first
         )
         self.controlnet_down_blocks = nn.ModuleList(zeroed(nn.Conv2d(c, c, 1)) for c in config.skip_channels)
-        last = config.block_out_channels[-1]
         self.controlnet_mid_block = zeroed(nn.Conv2d(last, last, 1))
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, hint_channels: Sequence[int] = (16, 32, 96, 256)) -> "ControlNet":
-        """A trainable copy of a U-Net's encoder, fp32, on its device, with a new hint encoder and zero convolutions.
-
-        Args:
-            unet: stays as it is.
-            hint_channels: see `ControlNetConfig.conditioning_embedding_out_channels`.
+        """A ControlNet to train, fp32 on the U-Net's device, with a hint encoder of these widths.
 
         Raises:
             UserError: the U-Net has parts that a ControlNet does not know.
@@ -107,76 +151,66 @@ class ControlNet(nn.Module):
         return controlnet.to(unet.device, torch.float32).requires_grad_().train()
 
     @property
-    def residual_count(self) -> int:
-        """How many residuals there are: one a skip, and the middle's."""
-        return len(self.controlnet_down_blocks) + 1
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.conv_in.weight.dtype
 
     def encode_hint(self, hint: Tensor) -> Tensor:
-        """The hint's features at the latent grid, which do not change from step to step.
-
-        Args:
-            hint: (N, 3, H, W) in [0, 1], H and W divisible by `config.hint_factor`.
-        """
-        return self.controlnet_cond_embedding(hint.to(self.conv_in.weight.dtype))
+        """The features of hints (N, 3, H, W) in [0, 1] at the latent grid, which are the same in every step."""
+        return self.controlnet_cond_embedding(hint.to(self.dtype))
 
     def forward(
-        self,
-        xt: Tensor,
-        t: Tensor,
-        context: Tensor,
-        hint: Tensor | None = None,
-        features: Tensor | None = None,
-        scale: float | Sequence[float] = 1.0,
+        self, xt: Tensor, t: Tensor, context: Tensor, hint: Tensor | None = None, features: Tensor | None = None
     ) -> list[Tensor]:
-        """The residuals for the U-Net's skips, in the order in which they arise, and last the middle's.
+        """The residuals for the U-Net's skips, in the order in which these arise, and last the middle's.
 
         Args:
-            xt: noised latents (N, C, H, W).
-            t: timesteps (N,).
+            xt: noised latents (N, C, H, W), at the timesteps t (N,).
             context: embedded prompts (N, tokens, D).
-            hint: as `encode_hint` takes it; a training step gives this one.
-            features: what `encode_hint` made of the hint; a sampler gives this one.
-            scale: strength of the control: one number, or one a residual.
+            hint, features: a training step gives the hint, a sampler what `encode_hint` made of it.
         """
         features = self.encode_hint(hint) if features is None else features
-        encoded = encode(self, xt, t, context, features)
-        residuals = [zero(h) for zero, h in zip(self.controlnet_down_blocks, encoded.skips, strict=True)]
-        residuals.append(self.controlnet_mid_block(encoded.middle))
-        scales = [scale] * len(residuals) if isinstance(scale, int | float) else scale
-        return [residual * s for residual, s in zip(residuals, scales, strict=True)]
+        xt, context = xt.to(self.dtype), context.to(self.dtype)
+        embedding = self.time_embedding(self.time_proj(t).to(self.dtype))
+
+        def run(block: nn.Module, h: Tensor) -> Any:
+            attended = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+            return block(h, embedding, **attended)
+
+        h = self.conv_in(xt) + features
+        skips = [h]
+        for block in self.down_blocks:
+            h, outputs = run(block, h)
+            skips += outputs
+        middle = run(self.mid_block, h)
+        residuals = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
+        return [*residuals, self.controlnet_mid_block(middle)]
 
     def save(self, folder: Path, about: Mapping[str, Any], fp16: bool = True) -> None:
-        """Write the folder that `load`, and diffusers' `ControlNetModel.from_pretrained`, reads.
-
-        Args:
-            folder: made if need be; an earlier ControlNet in it is replaced.
-            about: JSON-able facts to keep with the weights.
-            fp16: store half precision.
+        """Write the folder that `load` and diffusers read, with JSON-able facts about the weights.
 
         Raises:
             UserError: the folder cannot be written.
         """
-        config = {"_class_name": "ControlNetModel"} | asdict(self.config)
-        state = self.state_dict()
-        text = json.dumps(config, indent=2) + "\n"
+        config, state = asdict(self.config), self.state_dict()
+        text = json.dumps({"_class_name": "ControlNetModel"} | config, indent=2) + "\n"
         write_atomically(Path(folder) / CONFIG_FILE, lambda temporary: temporary.write_text(text))
-        facts = {"kind": "ControlNet", "config": asdict(self.config)} | dict(about)
+        facts = {"kind": "ControlNet", "config": config} | dict(about)
         save_tensors(Path(folder) / WEIGHTS_FILE, half(state) if fp16 else state, facts)
 
     @classmethod
     def load(cls, path: Path) -> tuple["ControlNet", dict[str, Any]]:
         """A ControlNet in eval mode, fp32 on the CPU, and the facts saved with it.
 
-        Args:
-            path: a folder that `save` or diffusers wrote, or one file: of a training run, of diffusers, or in the
-                original ControlNet's layout.
+        It may be a folder that `save` or diffusers wrote, or one file: of a training run, of diffusers, or in the
+        original ControlNet's layout.
 
         Raises:
             UserError: something is missing or broken, or belongs to another model.
         """
         path = Path(path)
         if path.is_dir():
-            config = ControlNetConfig.of(read_config(path / CONFIG_FILE), str(path / CONFIG_FILE))
+            config = read_config(path / CONFIG_FILE)
             state, about = load_tensors(path / WEIGHTS_FILE)
         elif "kind" in (file := open_weights(path)).about:
             state, about = load_model_file(path, "ControlNet")
@@ -192,18 +226,31 @@ class ControlNet(nn.Module):
         return controlnet.eval(), about
 
 
-def check_fit(controlnet: ControlNet, base: Base, source: str) -> None:
+def read_config(path: Path) -> ControlNetConfig:
+    """The config of a ControlNet's folder.
+
+    Raises:
+        UserError: the file is missing or broken, or another model's.
+    """
+    try:
+        config = json.loads(path.read_text())
+        if (found := config["_class_name"]) != "ControlNetModel":
+            raise ValueError(f"describes a {found}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: no ControlNet's config ({reason}); name its folder, or one weights file") from None
+    return ControlNetConfig.of(config, path)
+
+
+def check_fit(controlnet: ControlNet, base: Base, source: object) -> None:
     """Make sure that a ControlNet steers this base.
 
     Raises:
         UserError: it was made for a U-Net of other sizes, or for latents of another factor.
     """
+    theirs, ours = controlnet.config, ControlNetConfig.of(base.unet.config, "the base")
     for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
-        theirs, ours = getattr(controlnet.config, name), base.unet.config[name]
-        if theirs != (tuple(ours) if isinstance(ours, list) else ours):
-            raise UserError(f"{source}: is for a base with {name} {theirs}, not {ours}; name one for this base")
-    if controlnet.config.hint_factor != base.factor:
-        raise UserError(
-            f"{source}: its hints have {controlnet.config.hint_factor} pixels a latent, the base has {base.factor};"
-            " name one for this base"
-        )
+        if (own := getattr(theirs, name)) != (wanted := getattr(ours, name)):
+            raise UserError(f"{source}: is for a base with {name} {own}, not {wanted}; name one for this base")
+    if (own := theirs.hint_factor) != base.factor:
+        raise UserError(f"{source}: has {own} pixels a latent, the base has {base.factor}; name one for this base")

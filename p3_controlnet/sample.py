@@ -1,25 +1,25 @@
 """Draw pictures that follow hints and prompts: a ControlNet steers a frozen latent diffusion model.
 
-python sample.py prompt.json SOURCE OUT sd-v1-4.ckpt --controlnet PATH     # hints SOURCE/<source> become OUT/<target>
+python sample.py prompt.json SOURCE OUT sd-v1-4.ckpt --controlnet PATH     # SOURCE/<source> becomes OUT/<target>
 python sample.py prompt.json SOURCE OUT                                    # with the base that comes with the project
 python sample.py                                                           # its examples, into outputs/p3
 """
 
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.cli import Parser, UserError, run, say
+from common.cli import Parser, UserError, options_from, run, say
 from common.images import staged, to_pil
-from latent_diffusion.drawing import GUIDANCE_SCALE, add_drawing_flags, load_chosen_base
+from latent_diffusion.drawing import add_drawing_flags, load_chosen_base
+from latent_diffusion.miniature import BASE
 from latent_diffusion.pairs import read_hints, read_pairs, readable_pairs
 from p3_controlnet.model import ControlNet, check_fit
-from p3_controlnet.sampler import HintSampler, SamplingOptions
+from p3_controlnet.sampler import HintOptions, HintSampler
 
 HERE = Path(__file__).resolve().parent
-BASE = HERE.parent / "latent_diffusion" / "miniature" / "weights" / "base"
 CONTROLNET = HERE / "weights" / "controlnet"
 # A student's own, for the real Stable Diffusion: here, or beside SD_CKPT.
 OWN_CONTROLNET = HERE.parent / "checkpoints" / "controlnet_sd.safetensors"
@@ -28,47 +28,28 @@ OUTPUT = HERE.parent / "outputs" / "p3"
 
 
 def add_sampling_arguments(parser: Parser) -> None:
-    """The arguments of everything that draws with a ControlNet; see `sampler_from`."""
-    group = add_drawing_flags(parser, "ddim", "the ControlNet's own")
-    group.add_argument(
-        "--controlnet",
-        type=Path,
-        nargs="+",
-        metavar="PATH",
-        help="one or several, summed; folders or files (default: the shipped one, or with another base"
-        f" {'/'.join(OWN_CONTROLNET.parts[-2:])})",
-    )
-    group.add_argument("--size", type=int, metavar="PIXELS", help="side of the pictures (default: the base's)")
-    group.add_argument(
-        "--control-scale", type=float, nargs="+", default=[1.0], metavar="S", help="strength: one, or one a ControlNet"
-    )
-    group.add_argument(
-        "--control-scales", type=float, nargs="+", metavar="S", help="strengths of the skips, finest first, and middle"
-    )
-    group.add_argument("--guess-mode", action="store_true", help="let the hint speak without the prompt's help")
-    group.add_argument(
-        "--patch-size",
-        type=int,
-        metavar="PIXELS",
-        help="larger pictures are drawn in patches (default: the base's size)",
-    )
-    group.add_argument("--patch-stride", type=int, metavar="PIXELS", help="between patches (default: half a patch)")
+    """The arguments of everything that draws with a ControlNet; see `load_sampler`."""
+    own = "/".join(OWN_CONTROLNET.parts[-2:])
+    help = f"one or several ControlNets, folders or files (default: the shipped one, or with another base {own})"
+    add_drawing_flags(parser, HintOptions).add_argument("--controlnet", type=Path, nargs="+", metavar="PATH", help=help)
+
+
+def add_places(parser: Parser, out: str) -> None:
+    """The table, the folder of the hints and the folder of the pictures; all may be left out."""
+    for name, default, metavar, help in (
+        ("table", EXAMPLES / "prompt.json", "JSON", "a line of JSON a picture: source, target and prompt"),
+        ("source", EXAMPLES, "SOURCE", "folder of the hints"),
+        ("out", OUTPUT, "OUT", out),
+    ):
+        parser.add_argument(name, type=Path, nargs="?", default=default, metavar=metavar, help=help)
 
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="sample.py", description=__doc__)
-    parser.add_argument(
-        "table", type=Path, nargs="?", default=EXAMPLES / "prompt.json", metavar="JSON",
-        help="a line of JSON a picture: source, target and prompt",
-    )  # fmt: skip
-    parser.add_argument("source", type=Path, nargs="?", default=EXAMPLES, metavar="SOURCE", help="folder of the hints")
-    parser.add_argument("out", type=Path, nargs="?", default=OUTPUT, metavar="OUT", help="folder for the pictures")
-    parser.add_argument(
-        "base", type=Path, nargs="?", default=BASE, metavar="SD_CKPT",
-        help="the frozen model: Stable Diffusion v1 as one file or as a diffusers folder",
-    )  # fmt: skip
-    lines = parser.add_argument_group("lines")
-    lines.add_argument("--keep-going", action="store_true", help="leave out lines that cannot be drawn")
+    add_places(parser, "folder for the pictures")
+    help = "the frozen model: Stable Diffusion v1 as one file or as a diffusers folder"
+    parser.add_argument("base", type=Path, nargs="?", default=BASE, metavar="SD_CKPT", help=help)
+    parser.add_argument("--keep-going", action="store_true", help="skip lines that cannot be drawn")
     add_sampling_arguments(parser)
     return parser.parse_args(argv)
 
@@ -91,25 +72,22 @@ def default_controlnet(base: Path) -> Path:
     )
 
 
-def sampler_from(args) -> HintSampler:
-    """The sampler that the arguments describe.
+def load_sampler(args) -> tuple[HintSampler, HintOptions]:
+    """The sampler and the options that the arguments describe; the guidance scale is the ControlNet's own if need be.
 
     Raises:
         UserError: a value out of range, or weights that are missing, broken, or do not fit one another.
     """
-    chosen = {field.name: getattr(args, field.name) for field in fields(SamplingOptions)}
-    own_scale = chosen["guidance_scale"] is None
-    options = SamplingOptions(**chosen | ({"guidance_scale": GUIDANCE_SCALE} if own_scale else {}))
+    options = options_from(args, HintOptions)
     paths = args.controlnet or [default_controlnet(args.base)]
-    base = load_chosen_base(args)
-    controlnets = []
+    base, controlnets = load_chosen_base(args), []
     for path in paths:
         controlnet, about = ControlNet.load(path)
         check_fit(controlnet, base, str(path))
         controlnets.append(controlnet)
-        if own_scale:
+        if args.guidance_scale is None:
             options = replace(options, guidance_scale=about.get("guidance_scale", options.guidance_scale))
-    return HintSampler(base, controlnets, options)
+    return HintSampler(base, controlnets), options
 
 
 def main(args) -> list[Path]:
@@ -118,15 +96,13 @@ def main(args) -> list[Path]:
     Raises:
         UserError: bad arguments, lines, hints or weights, or a folder that cannot be written; nothing is written then.
     """
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: starts at 1")
     pairs = read_pairs(args.table, args.keep_going, distinct_targets=True)
     if args.keep_going:
         pairs = readable_pairs(pairs, args.source, args.keep_going)
-    sampler = sampler_from(args)
-    hints = read_hints(pairs, args.source, sampler.size)
+    sampler, options = load_sampler(args)
+    items = list(zip(pairs, read_hints(pairs, args.source, sampler.sides(options)[0])))
     with staged(args.out) as stage:
-        for pair, picture in sampler.images(pairs, hints, args.batch_size):
+        for (pair, _), picture in sampler.images(items, options):
             path = stage / pair.target
             path.parent.mkdir(parents=True, exist_ok=True)
             to_pil(picture).save(path, format="PNG")

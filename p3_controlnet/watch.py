@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from common.data import Batch
 from common.images import grid, to_uint8
-from common.sampling import ImageNoise, draw, guided
+from common.sampling import Denoiser, ImageNoise, draw
 from latent_diffusion.base import Base
 from latent_diffusion.miniature.regions import circle_regions, deepest, hint_regions, intersection_over_union, region_at
 from p3_controlnet.unet import ControlledUNet
@@ -17,25 +17,22 @@ STEPS = 10
 
 
 class Watch:
-    """What moves while the loss stays flat, on a few held-out pairs and always the same noise.
+    """Measures and draws a ControlNet on a few held-out pairs, always from the same noise.
 
     Args:
         base: the frozen model.
         batch: held-out pairs as `PairBatches` draws them, none without its prompt.
         null_context: (77, D), the empty prompt's.
         guidance_scale: to draw with.
-        at_once: pairs that go through the networks together; bounds the memory.
+        at_once: pairs that go through the networks together; fewer need less memory.
     """
 
     def __init__(self, base: Base, batch: Batch, null_context: Tensor, guidance_scale: float, at_once: int):
-        self.base, self.guidance_scale, self.at_once = base, guidance_scale, at_once
+        self.base, self.guidance_scale = base, guidance_scale
         self.batch = {name: tensor.to(base.device) for name, tensor in batch.items()}
         self.hint, self.null_context = self.batch["hint"] / 255, null_context.to(base.device)
         self.targets = to_uint8(base.decode(self.batch["x0"]))
-
-    def parts(self) -> tuple[Tensor, ...]:
-        """Positions of the pairs, so many at a time."""
-        return torch.arange(len(self.hint)).split(self.at_once)
+        self.parts = torch.arange(len(self.hint)).split(at_once)
 
     def sensitivity(self, controlnet: nn.Module) -> float:
         """||eps(hint) - eps(other hint)|| / ||eps(hint)|| (root mean squares); the other hint is the next pair's."""
@@ -43,7 +40,7 @@ class Watch:
         xt = schedule.add_noise(batch["x0"], batch["eps"], batch["t"])
 
         def eps(hint: Tensor) -> Tensor:
-            rows = [network(xt[k], batch["t"][k], batch["context"][k], hint[k]) for k in self.parts()]
+            rows = [network(xt[k], batch["t"][k], batch["context"][k], hint[k]) for k in self.parts]
             return schedule.x0_and_eps(torch.cat(rows), xt, batch["t"], self.base.prediction)[1]
 
         own, other = eps(self.hint), eps(self.hint.roll(1, dims=0))
@@ -53,28 +50,31 @@ class Watch:
         """The pairs drawn with few steps: uint8 (N, 3, H, W)."""
         network, schedule = ControlledUNet(self.base.unet, [controlnet]), self.base.schedule
         pictures = []
-        for part in self.parts():
+        for part in self.parts:
             features, context = network.encode_hint(self.hint[part]), self.batch["context"][part]
-            null = self.null_context.expand_as(context)
-            condition, without = ({"context": c, "features": features} for c in (context, null))
+            denoise = Denoiser(
+                network,
+                schedule,
+                self.base.prediction,
+                {"context": context, "features": features},
+                {"context": self.null_context.expand_as(context), "features": features},
+                self.guidance_scale,
+                clip_x0=False,
+            )
             xt = ImageNoise([(0, k) for k in part.tolist()]).draw(self.batch["x0"].shape[1:], self.base.device)
-            denoise = guided(network, condition, without, self.guidance_scale)
-            timesteps = schedule.timesteps(STEPS)
-            latents = draw(denoise, schedule, xt, timesteps, self.base.prediction, clip_x0=False)
+            latents = draw(denoise, schedule, xt, schedule.timesteps(STEPS))
             pictures.append(to_uint8(self.base.decode(latents)))
         return torch.cat(pictures)
 
     def measure(self, controlnet: nn.Module) -> Mapping[str, float]:
-        """The sensitivity, and how well the discs that are drawn lie where the hints have them: 0 to 1."""
+        """The sensitivity, and the IoU of the discs that are drawn with those of the hints."""
         overlaps = []
         hints, images = (t.permute(0, 2, 3, 1).cpu().numpy() for t in (self.batch["hint"], self.images(controlnet)))
         for hint, image in zip(hints, images):
             for disc in circle_regions(hint_regions(hint))[0]:
                 overlaps.append(intersection_over_union(disc, region_at(image, deepest(disc))))
-        return {
-            "condition_sensitivity": self.sensitivity(controlnet),
-            "hint_iou": float(np.mean(overlaps)) if overlaps else 0.0,
-        }
+        hint_iou = float(np.mean(overlaps)) if overlaps else 0.0
+        return {"condition_sensitivity": self.sensitivity(controlnet), "hint_iou": hint_iou}
 
     def picture(self, controlnet: nn.Module) -> Tensor:
         """Rows of hints, of what is drawn and of targets: uint8 (3, height, width)."""

@@ -14,7 +14,7 @@ import pytest
 from common import cli as progress
 from common.cli import Parser, run
 from p2_ddim import make_examples as make_noises
-from p3_controlnet import fill50k, make_examples
+from p3_controlnet import fill50k
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(
@@ -96,7 +96,6 @@ def test_what_is_measured_is_there_for_machines(script, parsers):
     ("program", "flags", "lines"),
     [
         (fill50k, ["--count", "3", "--size", "32"], ["circles: 3 images"]),
-        (make_examples, ["--size", "32"], []),
         (make_noises, ["--noise-only", "8", "--out"], []),
     ],
 )

@@ -1,4 +1,4 @@
-"""ControlNets for a small Stable Diffusion, what they are called with, and hints."""
+"""ControlNets for a small Stable Diffusion, what they are called with, hints, and circles."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from p3_controlnet import fill50k
 from p3_controlnet.model import ControlNet
 from tests.stable_diffusion import make_unet, randomised
 
@@ -66,4 +67,12 @@ def hint_folder(tmp_path) -> Path:
         Image.fromarray(pixels).save(folder / "source" / f"{k}.png")
         lines.append(json.dumps({"source": f"{k}.png", "target": f"{k}.png", "prompt": prompt}))
     (folder / "prompt.json").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def circles(tmp_path_factory) -> Path:
+    """Pictures of 64x64 with one circle or two; four of them are held out."""
+    folder = tmp_path_factory.mktemp("circles") / "data"
+    fill50k.main(fill50k.parse_arguments([str(folder), "--count", "44", "--size", "64"]))
     return folder

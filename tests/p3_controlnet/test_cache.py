@@ -1,4 +1,4 @@
-"""The cache: what the base encodes, kept in shards until the base or the data they were made of change."""
+"""What the base encodes, kept in shards until the base or the data they were made of change; and the batches."""
 
 import threading
 import time
@@ -10,13 +10,15 @@ import torch
 from common.cli import UserError
 from common.data import to_unit_range
 from common.images import save_png
+from common.runtime import seeded_generator
 from latent_diffusion.base import Base, load_base
-from latent_diffusion.pairs import Pair
+from latent_diffusion.pairs import Pair, read_hints, read_pairs
 from p3_controlnet import cache as module
-from p3_controlnet.cache import Shards, encode_pairs
+from p3_controlnet.cache import PairBatches, encode_pairs, hint_reader
 
 PROMPTS = ["red circle", "blue circle", "red circle", "", "Red circle"]
 FILES = ["contexts_00000", "contexts_00001", "latents_00000", "latents_00001", "latents_00002"]
+ALL, NONE = torch.arange(5), torch.zeros(5, dtype=torch.bool)
 
 
 @pytest.fixture(scope="module")
@@ -47,61 +49,41 @@ def encoded(monkeypatch) -> list[int]:
     """Shards of two rows; collects how many pictures and prompts are encoded at a time."""
     monkeypatch.setattr(module, "SHARD", 2)
     calls = []
-
-    def watch(name):
+    for name in ("encode_images", "encode_prompts"):
         whole = getattr(Base, name)
 
-        def call(base, items, *others):
+        def call(base, items, *others, whole=whole):
             calls.append(len(items))
             return whole(base, items, *others)
 
         monkeypatch.setattr(Base, name, call)
-
-    watch("encode_images")
-    watch("encode_prompts")
     return calls
 
 
-@pytest.mark.parametrize("shard", [2, 256])
-@pytest.mark.parametrize("pixels", [64**2, 3 * 64**2])
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(("shard", "pixels", "kept"), [(2, 64**2, True), (2, 3 * 64**2, False), (256, 64**2, True)])
 def test_the_cache_holds_what_the_base_encodes(base, pairs, images, data, tmp_path, monkeypatch, shard, pixels, kept):
     monkeypatch.setattr(module, "SHARD", shard)
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", pixels)
     cache = encode_pairs(base, pairs, data, 64, tmp_path / "cache" if kept else None)
-    assert (len(cache), len(cache.contexts)) == (5, 4)
     assert {part.dtype for part in (*cache.latents.parts, *cache.contexts.parts)} == {torch.float16}
+    assert sum(map(len, cache.contexts.parts)) == 4
+    maps = Path("/proc/self/maps").read_text()
+    assert (str(tmp_path / "cache" / "latents_00000.safetensors") in maps) == kept, "shards stay on disk"
     latents, contexts = base.encode_images(to_unit_range(images)), base.encode_prompts(PROMPTS)
-    x0, context = cache.take(torch.arange(5))
+    x0, context = cache.take(ALL, NONE)
     assert x0.dtype == context.dtype == torch.float32
     assert (x0 - latents).abs().max() <= 1e-3 * latents.abs().max()
     assert (context - contexts).abs().max() <= 1e-3 * contexts.abs().max()
     index, dropped = torch.tensor([4, 0, 1]), torch.tensor([False, True, False])
-    x0, context = cache.take(index, dropped)
-    assert torch.equal(x0, cache.take(torch.arange(5))[0][index])
+    some, context = cache.take(index, dropped)
+    assert torch.equal(some, x0[index])
     assert (context - base.encode_prompts(["Red circle", "", "blue circle"])).abs().max() <= 1e-3
     assert torch.equal(cache.null_context, context[1])
 
 
-def test_shards_are_rows_of_one_tensor():
-    whole = torch.arange(14).view(7, 2)
-    shards = Shards(whole.split(3))
-    index = torch.tensor([6, 0, 3, 3, 5, 2])
-    assert len(shards) == 7
-    assert torch.equal(shards[index], whole[index])
-
-
-def test_shards_stay_on_disk(base, pairs, data, tmp_path):
-    """Mapped, so that memory holds only what is used."""
-    cache = encode_pairs(base, pairs, data, 64, tmp_path / "cache")
-    maps = Path("/proc/self/maps").read_text()
-    assert str(tmp_path / "cache" / "latents_00000.safetensors") in maps
-    assert len(cache) == 5
-
-
 def test_a_killed_encoding_goes_on_at_the_missing_shard(base, pairs, data, tmp_path, encoded, monkeypatch):
     folder = tmp_path / "cache"
-    expected = encode_pairs(base, pairs, data, 64).take(torch.arange(5))
+    expected = encode_pairs(base, pairs, data, 64).take(ALL, NONE)
     save = module.save_tensors
 
     def killed(path, *rest):
@@ -118,11 +100,8 @@ def test_a_killed_encoding_goes_on_at_the_missing_shard(base, pairs, data, tmp_p
     encoded.clear()
     cache = encode_pairs(base, pairs, data, 64, folder)
     assert encoded == [2, 1, 2, 2]  # two shards of latents, two of contexts
-    assert all(torch.equal(one, other) for one, other in zip(cache.take(torch.arange(5)), expected))
+    assert all(torch.equal(one, other) for one, other in zip(cache.take(ALL, NONE), expected))
     assert sorted(path.stem for path in folder.iterdir()) == FILES
-    encoded.clear()
-    encode_pairs(base, pairs, data, 64, folder)
-    assert not encoded
 
 
 def test_only_what_changed_is_made_anew(pipeline_folder, pairs, images, data, tmp_path, encoded):
@@ -132,8 +111,8 @@ def test_only_what_changed_is_made_anew(pipeline_folder, pairs, images, data, tm
         encoded.clear()
         cache = encode_pairs(base, pairs, data, size, folder)
         done = list(encoded)
-        fresh = encode_pairs(base, pairs, data, size).take(torch.arange(5))
-        assert all(torch.equal(one, other) for one, other in zip(cache.take(torch.arange(5)), fresh))
+        fresh = encode_pairs(base, pairs, data, size).take(ALL, NONE)
+        assert all(torch.equal(one, other) for one, other in zip(cache.take(ALL, NONE), fresh))
         return done
 
     assert anew(base) == [2, 2, 1, 2, 2]
@@ -162,8 +141,7 @@ def test_processes_share_the_work(tmp_path, monkeypatch):
             made[rank].append(rows.start)
             return torch.arange(rows.start, rows.stop)[:, None].half()
 
-        environment = {"RANK": str(rank), "WORLD_SIZE": "2"}
-        results[rank] = module.sharded("x", list("abcdefg"), "key", encode, tmp_path, environment)
+        results[rank] = module.encode_shards("x", list("abcdefg"), "key", encode, tmp_path, rank, 2)
 
     threads = [threading.Thread(target=process, args=(rank,), daemon=True) for rank in made]
     for thread in threads:
@@ -177,15 +155,11 @@ def test_processes_share_the_work(tmp_path, monkeypatch):
         assert torch.equal(shards[torch.arange(7)], torch.arange(7)[:, None].half())
 
 
-def test_a_long_prompt_is_named_by_its_first_line(base, data, capsys):
-    pairs = [Pair("0.png", "0.png", "x" * 90, f"prompt.json line {k + 4}") for k in range(5)]
-    encode_pairs(base, pairs, data, 64)
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1
-    assert told[0].startswith("warning: prompt.json line 4: prompt of 92 tokens is cut to 77")
-
-
-def test_a_broken_file_is_named(base, pairs, data, tmp_path):
+def test_what_is_broken_or_too_long_is_named(base, pairs, data, tmp_path, capsys):
+    long = [Pair("0.png", "0.png", "x" * 90, f"prompt.json line {k + 4}") for k in range(5)]
+    encode_pairs(base, long, data, 64)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("warning: prompt.json line 4: prompt of 92 tokens is cut to 77")
     folder = tmp_path / "cache"
     folder.mkdir()
     (folder / "latents_00000.safetensors").write_bytes(b"nonsense")
@@ -196,3 +170,31 @@ def test_a_broken_file_is_named(base, pairs, data, tmp_path):
     (data / "3.png").unlink()
     with pytest.raises(UserError, match=r"^prompt.json line 4: .*3.png: No such file"):
         encode_pairs(base, pairs, data, 64)
+
+
+def test_hints_are_the_same_from_memory_and_from_files(circles, monkeypatch):
+    pairs, index = read_pairs(circles / "prompt.json"), torch.tensor([7, 2, 7])
+    kept = hint_reader(pairs, circles, 64)
+    monkeypatch.setattr(module, "IN_MEMORY", len(pairs) * 3 * 64 * 64 - 1)
+    on_demand = hint_reader(pairs, circles, 64)
+    expected = read_hints([pairs[7], pairs[2], pairs[7]], circles, 64)
+    assert torch.equal(kept(index), expected)
+    assert torch.equal(on_demand(index), expected)
+    monkeypatch.setattr(module, "read_hints", None)
+    with pytest.raises(TypeError):
+        on_demand(index)
+
+
+def test_prompts_are_dropped_as_often_as_told_and_hints_keep_their_targets(circles, base):
+    pairs = read_pairs(circles / "prompt.json")
+    cache, hints = encode_pairs(base, pairs, circles, 64), read_hints(pairs, circles, 64)
+    batches = PairBatches(cache, hints.__getitem__, torch.arange(44), base.schedule, 400, 0.25, seed=0)
+    batch = batches(0, seeded_generator(0, 1, 0))
+    empty = base.encode_prompts([""])[0]
+    dropped = (batch["context"] - empty).flatten(1).abs().amax(1) < 1e-3
+    assert dropped.sum().item() == pytest.approx(100, abs=35)
+    by_hint = {hint.numpy().tobytes(): k for k, hint in enumerate(hints)}
+    own = torch.tensor([by_hint[hint.numpy().tobytes()] for hint in batch["hint"]])
+    latents, contexts = cache.take(own, dropped)
+    assert torch.equal(batch["x0"], latents)
+    assert torch.equal(batch["context"], contexts)

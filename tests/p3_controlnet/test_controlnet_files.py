@@ -14,8 +14,7 @@ from common.cli import UserError
 from latent_diffusion.base import load_base
 from latent_diffusion.files import WeightsFile, controlnet_sizes, find_controlnet
 from p3_controlnet import export, sample
-from p3_controlnet.config import ControlNetConfig
-from p3_controlnet.model import ControlNet, check_fit
+from p3_controlnet.model import ControlNet, ControlNetConfig, check_fit
 from tests.stable_diffusion import KEYS
 
 
@@ -25,6 +24,10 @@ def theirs(control_state) -> ControlNetModel:
     model = ControlNetModel(block_out_channels=(32, 64, 128, 128), cross_attention_dim=48).eval()
     model.load_state_dict(convert_controlnet_checkpoint(control_state, model.config))
     return model
+
+
+def same(tensors, expected):
+    return tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 def export_to(out, source, *flags):
@@ -51,17 +54,9 @@ def test_the_original_layout(control_state, theirs, tmp_path, form, suffix):
     state, path = FORMS[form](control_state), tmp_path / f"control.{suffix}"
     torch.save(state, path) if suffix == "pth" else save_file(state, path)
     ours, about = ControlNet.load(path)
-    assert about == {}
-    assert not ours.training
-    expected = theirs.state_dict()
-    assert ours.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
-
-
-def test_one_file_of_diffusers(theirs, tmp_path):
-    theirs.save_pretrained(tmp_path)
-    ours, _ = ControlNet.load(tmp_path / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    assert (about, ours.training) == ({}, False)
+    assert same(ours.state_dict(), theirs.state_dict())
+    assert all(parameter.requires_grad for parameter in ours.parameters()), "it can be trained on"
 
 
 @torch.no_grad()
@@ -77,19 +72,14 @@ def test_residuals_are_diffusers(control_file, sd_file, theirs):
     assert max(float((one - other).abs().max()) for one, other in zip(residuals, [*down, middle], strict=True)) <= 1e-4
 
 
-def test_it_can_be_trained_on(control_file):
-    controlnet, _ = ControlNet.load(control_file)
-    assert all(parameter.requires_grad for parameter in controlnet.parameters())
-
-
 def test_exports_are_what_others_read(control_file, control_state, theirs, tmp_path):
     folder = export_to(tmp_path / "folder", control_file, "--layout", "diffusers", "--fp32")
-    read = ControlNetModel.from_pretrained(folder).state_dict()
-    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in read.items())
+    assert same(ControlNetModel.from_pretrained(folder).state_dict(), theirs.state_dict())
+    theirs.save_pretrained(tmp_path / "theirs")
+    one_file, _ = ControlNet.load(tmp_path / "theirs" / "diffusion_pytorch_model.safetensors")
+    assert same(one_file.state_dict(), theirs.state_dict())
     file = export_to(tmp_path / "new" / "control.safetensors", folder, "--fp32")
-    again = load_file(file)
-    assert again.keys() == control_state.keys()
-    assert all(torch.equal(again[name], tensor) for name, tensor in control_state.items())
+    assert same(load_file(file), control_state)
     assert {tensor.dtype for tensor in load_file(export_to(file, folder)).values()} == {torch.float16}
 
 
@@ -111,6 +101,7 @@ def draw(sd_state, hint_folder, tmp_path, monkeypatch):
     torch.save({"state_dict": sd_state}, path := tmp_path / "sd" / "sd-v1-4.ckpt")
     table = hint_folder / "one.json"
     table.write_text((hint_folder / "prompt.json").read_text().splitlines()[0])
+    assert sample.OWN_CONTROLNET.relative_to(sample.HERE.parent) == Path("checkpoints", "controlnet_sd.safetensors")
     monkeypatch.setattr(sample, "OWN_CONTROLNET", tmp_path / "checkpoints" / "controlnet_sd.safetensors")
 
     def run(*flags):
@@ -122,10 +113,16 @@ def draw(sd_state, hint_folder, tmp_path, monkeypatch):
     return run
 
 
-def test_the_students_controlnet_is_found(draw, control_state, control_file, tmp_path):
+def test_the_students_controlnet_is_found_else_the_line_says_where_it_should_be(
+    draw, control_state, control_file, tmp_path
+):
+    with pytest.raises(UserError) as caught:
+        draw()
+    for part in (tmp_path / "sd" / "sd-v1-4.ckpt", "checkpoints/controlnet_sd.safetensors", "--controlnet", "train.py"):
+        assert str(part) in str(caught.value)
+    assert not (tmp_path / "out").exists()
     named = draw("--controlnet", control_file)
     assert [path.name.startswith("sd-v1-4-") for path in (tmp_path / "cache").iterdir()] == [True]
-    (tmp_path / "out" / "0.png").unlink()
     (tmp_path / "checkpoints").mkdir()
     save_file(control_state, tmp_path / "checkpoints" / "controlnet_sd.safetensors")
     assert np.array_equal(draw(), named)
@@ -134,29 +131,13 @@ def test_the_students_controlnet_is_found(draw, control_state, control_file, tmp
     assert not np.array_equal(draw("--control-scale", "0"), named)
 
 
-def test_without_one_the_line_says_where_and_how(draw, tmp_path):
-    with pytest.raises(UserError) as caught:
-        draw()
-    line = str(caught.value)
-    assert "\n" not in line
-    for part in (tmp_path / "sd" / "sd-v1-4.ckpt", "checkpoints/controlnet_sd.safetensors", "--controlnet", "train.py"):
-        assert str(part) in line
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "cache").exists()
-
-
-def test_the_place_is_in_the_repository():
-    root = Path(sample.__file__).resolve().parent.parent
-    assert root / "checkpoints" / "controlnet_sd.safetensors" == sample.OWN_CONTROLNET
-
-
 def test_the_controlnets_own_guidance_is_the_default(pipeline_folder, controlnet_folder, tmp_path):
-    controlnet, _ = ControlNet.load(controlnet_folder)
-    controlnet.save(tmp_path / "own", {"guidance_scale": 3.0})
+    ControlNet.load(controlnet_folder)[0].save(tmp_path / "own", {"guidance_scale": 3.0})
     for folder, flags, expected in (
         (controlnet_folder, [], 7.5),
         (tmp_path / "own", [], 3.0),
         (tmp_path / "own", ["--guidance-scale", "1"], 1.0),
     ):
         arguments = ["prompt.json", "source", "out", str(pipeline_folder), "--controlnet", str(folder), *flags]
-        assert sample.sampler_from(sample.parse_arguments(arguments)).options.guidance_scale == expected
+        _, options = sample.load_sampler(sample.parse_arguments(arguments))
+        assert options.scale == expected

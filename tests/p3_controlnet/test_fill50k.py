@@ -1,22 +1,23 @@
-"""The folder that fill50k.py writes."""
+"""The folder that fill50k.py writes, and the shipped examples, which it made."""
 
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from common.cli import run
 from latent_diffusion.miniature.scenes import draw_hint, draw_target, held_out, random_scenes, read_prompt
 from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet import fill50k
+from p3_controlnet.sample import EXAMPLES
 
 
-def made(out, *flags):
-    return fill50k.main(fill50k.parse_arguments([str(out), "--size", "32", *flags]))
+def make(out, *flags):
+    return fill50k.main(fill50k.parse_arguments([str(out), *flags]))
 
 
 def test_the_folder_has_the_courses_layout(tmp_path):
-    table = made(tmp_path / "data", "--count", "12", "--seed", "5")
+    table = make(tmp_path / "data", "--count", "12", "--size", "32", "--seed", "5")
     assert table == tmp_path / "data" / "prompt.json"
     lines = [json.loads(line) for line in table.read_text().splitlines()]
     scenes = list(random_scenes(12, 32, 5, (1, 2), False))
@@ -33,7 +34,7 @@ def test_the_folder_has_the_courses_layout(tmp_path):
 
 @pytest.mark.parametrize("circles", [1, 2])
 def test_held_out_scenes_of_one_kind(circles, tmp_path):
-    table = made(tmp_path, "--count", "10", "--circles", str(circles), "--held-out")
+    table = make(tmp_path, "--count", "10", "--size", "32", "--circles", str(circles), "--held-out")
     prompts = [json.loads(line)["prompt"] for line in table.read_text().splitlines()]
     assert prompts == [drawn.prompt for drawn in random_scenes(10, 32, 0, (circles,), True)]
     parts = [read_prompt(prompt) for prompt in prompts]
@@ -41,10 +42,26 @@ def test_held_out_scenes_of_one_kind(circles, tmp_path):
     assert max(len(names) for names, _ in parts) == circles
 
 
+def test_shipped_examples_are_what_it_makes(tmp_path):
+    """Single circles of held-out colours, and one hint of two circles with two prompts."""
+    (flags,) = (line for line in fill50k.__doc__.splitlines() if "--report" in line)
+    make(tmp_path, *flags.split()[3:])
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*") if path.is_file())
+    for file in files:
+        if file.suffix == ".png":
+            new, old = (np.asarray(Image.open(folder / file)).astype(int) for folder in (tmp_path, EXAMPLES))
+            assert np.abs(new - old).max() <= 1, file
+    assert (tmp_path / "prompt.json").read_text() == (EXAMPLES / "prompt.json").read_text()
+    *singles, gray, colours = read_pairs(EXAMPLES / "prompt.json", distinct_targets=True)
+    assert len(singles) == 20
+    assert all(held_out(names[0], background) for names, background in (read_prompt(p.prompt) for p in singles))
+    assert gray.source == colours.source == fill50k.REPORT_HINT
+    assert [len(read_prompt(pair.prompt)[0]) for pair in (gray, colours)] == [1, 2]
+
+
 @pytest.mark.parametrize("flags", [["--count", "0"], ["--size", "31"], ["--seed", "-1"]])
-def test_bad_arguments_leave_nothing_behind(flags, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run(fill50k.main, fill50k.parse_arguments([str(tmp_path / "out"), "--count", "2", *flags]))
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+def test_bad_arguments_leave_nothing_behind(flags, tmp_path, refusal):
+    line = refusal(fill50k.main, fill50k.parse_arguments([str(tmp_path / "out"), "--count", "2", *flags]))
+    assert flags[1] in line
     assert not list(tmp_path.rglob("*.*"))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,16 +10,17 @@ import torch
 from PIL import Image
 
 from common.checkpoint import load_tensors
-from common.cli import UserError
+from common.cli import UserError, options_from
 from common.runtime import seeded_generator
 from common.training import Trainer
+from common.training_options import training_options
 from latent_diffusion.base import Base, load_base
 from latent_diffusion.pairs import read_hints, read_pairs
-from p3_controlnet import fill50k, train
-from p3_controlnet.cache import encode_pairs
+from p3_controlnet import train
+from p3_controlnet.cache import PairBatches, encode_pairs
 from p3_controlnet.model import ControlNet
 from p3_controlnet.watch import Watch
-from tests.training import killed_at, same_files, spied_on, touched
+from tests.training import killed_at, metrics, same_files, spied_on, touched
 
 SMALL = [
     *("--hint-channels", "4", "6", "8", "10", "--batch-size", "4", "--steps", "6", "--warmup", "1", "--lr", "1e-2"),
@@ -27,78 +29,50 @@ SMALL = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_to_validate_on():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "VALIDATED", 10)
-        yield
-
-
 @pytest.fixture(scope="module")
-def circles(tmp_path_factory):
-    """Pictures of 64x64 with one circle or two; four of them are held out."""
-    folder = tmp_path_factory.mktemp("circles") / "data"
-    fill50k.main(fill50k.parse_arguments([str(folder), "--count", "44", "--size", "64"]))
-    return folder
-
-
-@pytest.fixture
 def call(circles, pipeline_folder):
-    """A function that trains into a folder."""
+    """A function that trains into a folder; validates on few pairs."""
 
-    def run(out, *flags):
+    def run(out, *flags, **changes):
         arguments = ["--data", str(circles), "--base", str(pipeline_folder), "--out", str(out), *SMALL, *flags]
-        return train.main(train.parse_arguments(arguments))
+        args = train.parse_arguments(arguments)
+        config = options_from(args, train.ControlNetTraining)
+        return train.train(replace(config, validated=10), training_options(args), **changes)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def finished(circles, pipeline_folder, tmp_path_factory):
+def finished(call, tmp_path_factory):
     """An undisturbed run of six steps."""
-    out = tmp_path_factory.mktemp("finished")
-    train.main(
-        train.parse_arguments(["--data", str(circles), "--base", str(pipeline_folder), "--out", str(out), *SMALL])
-    )
-    return out
-
-
-def test_hints_are_the_same_from_memory_and_from_files(circles, monkeypatch):
-    pairs, index = read_pairs(circles / "prompt.json"), torch.tensor([7, 2, 7])
-    kept = train.hint_reader(pairs, circles, 64)
-    monkeypatch.setattr(train, "IN_MEMORY", len(pairs) * 3 * 64 * 64 - 1)
-    read = train.hint_reader(pairs, circles, 64)
-    monkeypatch.setattr(train, "read_hints", None)
-    with pytest.raises(TypeError):
-        read(index)
-    monkeypatch.undo()
-    assert torch.equal(kept(index), read(index))
-    assert torch.equal(kept(index), read_hints([pairs[7], pairs[2], pairs[7]], circles, 64))
+    return call(tmp_path_factory.mktemp("finished")).parent
 
 
 def test_a_run_leaves_a_controlnet_and_tells_what_moves(finished, pipeline_folder):
     controlnet, about = ControlNet.load(finished / "controlnet")
-    assert about["step"] == 6
-    assert about["guidance_scale"] == 2.0
-    assert about["training"]["prompt_drop"] == 0.1
+    assert (about["step"], about["guidance_scale"], about["training"]["prompt_drop"]) == (6, 2.0, 0.1)
     untrained = ControlNet.from_unet(load_base(pipeline_folder).unet, (4, 6, 8, 10))
     moved = [name for name, p in controlnet.named_parameters() if not torch.equal(p, untrained.get_parameter(name))]
     assert len(moved) > 0.9 * len(list(controlnet.parameters()))
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    watched = [line for line in lines if "condition_sensitivity" in line]
+    watched = [line for line in metrics(finished) if "condition_sensitivity" in line]
     assert [line["step"] for line in watched] == [3, 6]
     assert all(line["condition_sensitivity"] > 0 and 0 <= line["hint_iou"] <= 1 for line in watched)
     with Image.open(finished / "samples_00000006.png") as picture:
-        assert picture.size == (train.WATCHED * 66 + 2, 3 * 66 + 2)
+        assert picture.size == (8 * 66 + 2, 3 * 66 + 2)
 
 
 def test_only_the_controlnet_is_trained_and_the_base_stays_as_it_is(call, pipeline_folder, tmp_path, monkeypatch):
-    seen = spied_on(monkeypatch, train)
-    call(tmp_path / "run", "--steps", "2")
+    seen, made = spied_on(monkeypatch, train), []
+
+    def make(config, base):
+        made.append(train.make_controlnet(config, base))
+        return made[0]
+
+    call(tmp_path / "run", "--steps", "2", make_controlnet=make)
     assert touched(seen.base, pipeline_folder) == []
     assert not any(part.training for part in (seen.base.vae, seen.base.text_encoder, seen.base.unet))
-    optimized = {id(p) for group in seen.trainer.raw_optimizer.param_groups for p in group["params"]}
-    assert optimized == {id(p) for p in seen.trainer.model.parameters()}
+    optimized = {id(p) for group in seen.trainer.state.optimizer.param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in made[0].parameters()}
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(call, finished, tmp_path):
@@ -115,31 +89,10 @@ def test_training_goes_on_from_an_earlier_controlnet(call, finished, tmp_path):
     assert max((before[name] - after[name]).abs().max() for name in before) < 1e-3
 
 
-def test_prompts_are_dropped_as_often_as_told_and_hints_keep_their_targets(circles, pipeline_folder):
-    base, pairs = load_base(pipeline_folder), read_pairs(circles / "prompt.json")
-    cache = encode_pairs(base, pairs, circles, 64)
-    hints = read_hints(pairs, circles, 64)
-    batches = train.PairBatches(cache, hints.__getitem__, torch.arange(44), base.schedule, 400, 0.25, seed=0)
-    batch = batches(0, seeded_generator(0, 1, 0))
-    empty = base.encode_prompts([""])[0]
-    dropped = (batch["context"] - empty).flatten(1).abs().amax(1) < 1e-3
-    assert dropped.sum().item() == pytest.approx(100, abs=35)
-    by_hint = {hint.numpy().tobytes(): k for k, hint in enumerate(hints)}
-    contexts, latents = base.encode_prompts([pair.prompt for pair in pairs]), cache.take(torch.arange(44))[0]
-    for k in range(40):
-        own = by_hint[batch["hint"][k].numpy().tobytes()]
-        assert torch.equal(batch["x0"][k], latents[own])
-        if not dropped[k]:
-            assert (batch["context"][k] - contexts[own]).abs().max() < 1e-2
-
-
 def test_checkpointed_and_accumulated_it_takes_the_same_steps(call, finished, tmp_path):
     call(tmp_path / "run", "--gradient-checkpointing", "--accumulate", "2")
     for name in ("loss", "validation_loss"):
-        ours, theirs = (
-            [line[name] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if name in line]
-            for out in (tmp_path / "run", finished)
-        )
+        ours, theirs = ([line[name] for line in metrics(out) if name in line] for out in (tmp_path / "run", finished))
         assert ours == pytest.approx(theirs, rel=1e-3), name
 
 
@@ -151,40 +104,34 @@ def test_encoded_pairs_are_shared_by_runs(call, tmp_path, monkeypatch):
     call(tmp_path / "two", "--steps", "1", "--latents", str(tmp_path / "latents"))
 
 
-def test_a_dry_run_takes_one_step_and_writes_nothing(call, tmp_path, monkeypatch, capsys):
-    taken, whole = [], Trainer.take_step
-    monkeypatch.setattr(Trainer, "take_step", lambda trainer: taken.append(trainer) or whole(trainer))
+def test_a_dry_run_takes_the_very_step_of_a_run_and_writes_nothing(call, tmp_path, monkeypatch, capsys):
+    """Of a run whose batch has the same pairs."""
+    trainers, models, whole = [], [], Trainer.take_step
+
+    def watch(trainer):
+        result = whole(trainer)
+        trainers.append(trainer)
+        models.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+        return result
+
+    monkeypatch.setattr(Trainer, "take_step", watch)
+    in_order = "p3_controlnet.cache.shuffled_indices", lambda count, seed, start, length: torch.arange(length) % count
+    monkeypatch.setattr(*in_order)
     figures = call(tmp_path / "run", "--dry-run", "--accumulate", "2", "--gradient-checkpointing")
     assert list(tmp_path.iterdir()) == []
-    assert len(taken) == 1
     assert json.loads(capsys.readouterr().out) == figures
-    trained = sum(parameter.numel() for parameter in taken[0].model.parameters())
+    trained = sum(parameter.numel() for parameter in trainers[0].model.parameters())
     assert figures["parameters_in_the_optimizer"] == figures["parameters_of_the_controlnet"] == trained
     assert (figures["batch_size"], figures["accumulate"], figures["precision"]) == (4, 2, "no")
     assert 0 < figures["peak_memory_gb"] < 50
     assert figures["seconds"] > 0
     # The first step like any other: the moments were there before, and it was the first by the optimizer's count.
-    states = taken[0].raw_optimizer.state.values()
+    states = trainers[0].state.optimizer.state.values()
     assert all(state["step"] == 1 and state["exp_avg"].shape == state["exp_avg_sq"].shape for state in states)
-
-
-def test_a_dry_run_takes_the_very_step_of_a_run(call, circles, tmp_path, monkeypatch):
-    """Of a run whose batch has the same pairs."""
-    models, whole = [], Trainer.take_step
-
-    def watch(trainer):
-        result = whole(trainer)
-        models.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
-        return result
-
-    monkeypatch.setattr(Trainer, "take_step", watch)
-    call(tmp_path / "dry", "--dry-run")
-    monkeypatch.setattr(train, "shuffled_indices", lambda count, seed, start, length: torch.arange(length) % count)
     call(tmp_path / "run", "--steps", "1")
     call(tmp_path / "dry", "--dry-run")
-    first_dry, run, dry = models
+    _, run, dry = models
     assert all(torch.equal(run[name], dry[name]) for name in run)
-    assert any(not torch.equal(first_dry[name], dry[name]) for name in dry)
 
 
 def test_on_a_gpu_the_frozen_weights_take_the_precision_of_the_training(call, tmp_path, monkeypatch):
@@ -192,11 +139,10 @@ def test_on_a_gpu_the_frozen_weights_take_the_precision_of_the_training(call, tm
     assert train.frozen_dtype("fp16", torch.device("cuda")) == torch.float16
     assert train.frozen_dtype("fp32", torch.device("cuda")) == torch.float32
     assert train.frozen_dtype("bf16", torch.device("cpu")) == torch.float32
-    bases, encode = [], train.encoded
     monkeypatch.setattr(train, "frozen_dtype", lambda *_: torch.bfloat16)
-    monkeypatch.setattr(train, "encoded", lambda base, *rest: bases.append(base) or encode(base, *rest))
+    seen = spied_on(monkeypatch, train)
     folder = call(tmp_path / "run", "--precision", "bf16", "--steps", "2")
-    assert {bases[0].unet.dtype, bases[0].vae.dtype} == {torch.bfloat16}
+    assert {seen.base.unet.dtype, seen.base.vae.dtype} == {torch.bfloat16}
     assert all(torch.isfinite(tensor).all() for tensor in ControlNet.load(folder)[0].state_dict().values())
     state, _ = load_tensors(tmp_path / "run" / "state_00000002.safetensors")
     assert {tensor.dtype for name, tensor in state.items() if name.startswith("model.")} == {torch.float32}
@@ -205,7 +151,8 @@ def test_on_a_gpu_the_frozen_weights_take_the_precision_of_the_training(call, tm
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--prompt-drop", "2"], "--prompt-drop 2.0 --min-snr-gamma 0.0: 0 to 1, and at least 0"),
+        (["--prompt-drop", "2"], "--prompt-drop 2.0: must be between 0 and 1"),
+        (["--min-snr-gamma", "-1"], "--min-snr-gamma -1.0: must be at least 0"),
         (["--hint-channels", "4", "8"], "--hint-channels: 2 widths fold 2 pixels, not 8"),
         (["--image-size", "60"], "--image-size 60: must be divisible by 8"),
         (["--base", "{tmp}/absent"], "{tmp}/absent: no such"),
@@ -225,27 +172,20 @@ def test_bad_arguments_are_one_clear_line(call, circles, tmp_path, flags, compla
 
 
 @pytest.mark.parametrize("at_once", [3, 4])
+@torch.no_grad()
 def test_the_watch_sees_control_where_there_is_some(circles, pipeline_folder, controlnet_folder, at_once):
     base, pairs = load_base(pipeline_folder), read_pairs(circles / "prompt.json")
-    cache = encode_pairs(base, pairs, circles, 64)
-    hints = train.hint_reader(pairs, circles, 64)
-    batches = train.PairBatches(cache, hints, torch.arange(44), base.schedule, 4, 0.0, seed=0)
-    watch = Watch(base, batches(0, seeded_generator(0, 3)), cache.null_context, 2.0, at_once)
-    with torch.no_grad():
-        controlnet = ControlNet.load(controlnet_folder)[0]
-        whole = Watch(base, batches(0, seeded_generator(0, 3)), cache.null_context, 2.0, 4)
-        assert (watch.images(controlnet).int() - whole.images(controlnet).int()).abs().max() <= 1
-        assert watch.sensitivity(ControlNet.from_unet(base.unet, (4, 6, 8, 10))) == 0
-        assert watch.sensitivity(ControlNet.load(controlnet_folder)[0]) > 1e-3
+    cache, hints = encode_pairs(base, pairs, circles, 64), read_hints(pairs, circles, 64)
+    batches = PairBatches(cache, hints.__getitem__, torch.arange(44), base.schedule, 4, 0.0, seed=0)
+    watch, whole = (
+        Watch(base, batches(0, seeded_generator(0, 3)), cache.null_context, 2.0, count) for count in (at_once, 4)
+    )
+    controlnet = ControlNet.load(controlnet_folder)[0]
+    assert (watch.images(controlnet).int() - whole.images(controlnet).int()).abs().max() <= 1
+    assert watch.sensitivity(ControlNet.from_unet(base.unet, (4, 6, 8, 10))) == 0
+    assert watch.sensitivity(controlnet) > 1e-3
     # Targets in place of what is drawn: every disc lies where its hint has it.
-    watch.images = lambda controlnet: torch.from_numpy(
-        np.stack([np.asarray(Image.open(circles / pairs[k].target)) for k in order(watch, circles, pairs)])
-    ).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        assert watch.measure(ControlNet.load(controlnet_folder)[0])["hint_iou"] > 0.95
-
-
-def order(watch, circles, pairs):
-    """Which pairs the watched hints belong to."""
-    hints = [hint.numpy().tobytes() for hint in read_hints(pairs, circles, 64)]
-    return [hints.index(hint.numpy().tobytes()) for hint in watch.batch["hint"]]
+    places = {hint.numpy().tobytes(): pair.target for hint, pair in zip(hints, pairs)}
+    targets = [np.asarray(Image.open(circles / places[hint.numpy().tobytes()])) for hint in watch.batch["hint"]]
+    watch.images = lambda controlnet: torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2)
+    assert watch.measure(controlnet)["hint_iou"] > 0.95
