@@ -3,240 +3,131 @@
 python concepts.py runs/concepts && python custom_diffusion.py
 python custom_diffusion.py CATS POTS --initialiser cat pot --base sd-v1-4.ckpt --class-prompts FILE --lr 1e-5
 
-A part of every batch are pictures of the class that the base drew itself, so that it does not forget what else it knows
-(Kumari et al. 2023). OUT/custom.safetensors has all that differs from the base. Running the same command again resumes.
+So that the model keeps what else it knows, part of every batch are pictures of the concepts' class that the base drew
+itself (prior preservation, Kumari et al. 2023). OUT/custom.safetensors gets all that differs from the base. Running the
+same command again resumes.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.checkpoint import load_about, load_tensors, save_tensors
-from common.cli import Parser, UserError, run, say
-from common.images import grid
-from common.runtime import pick_device, seeded_generator
+from common.cli import Parser, UserError, check, option, options_from, run, say
+from common.runtime import pick_device
 from common.training import Trainer
-from common.training_options import add_training_arguments, training_options
+from common.training_options import TrainingOptions, add_training_arguments, training_options
 from latent_diffusion.base import Base, load_base
-from latent_diffusion.drawing import draw_prompts
+from latent_diffusion.drawing import PromptOptions, draw_prompts
+from latent_diffusion.miniature import BASE
 from latent_diffusion.miniature.scenes import random_scenes
-from p3_personalization.learning import ExampleBatches, Learned, learning_loss, watched
-from p3_personalization.textual_inversion import (
-    BASE,
-    SHOWN,
-    STEPS,
-    add_concept_arguments,
-    notes_of,
-    read_concepts,
-    shown_prompts,
-)
-from p3_personalization.views import Told, encode
-from p3_personalization.words import FORM, Words, add_words, check_prompts, with_shared_weights
+from p3_personalization import learning
+from p3_personalization.learning import ROOT, SHOWN, ConceptOptions, Learned, learning_loss
+from p3_personalization.photos import ExampleBatches, encode, read_lines
+from p3_personalization.words import KIND, add_words, check_prompts, matrix_names, save_custom, with_matrices
 
-ROOT = Path(__file__).resolve().parent.parent
-DEFAULTS = {
-    "steps": 250, "batch_size": 16, "lr": 3e-4, "weight_decay": 0.0, "warmup": 10, "ema": 0.0,
-    "validate_every": 100, "sample_every": 200, "save_every": 100,
-}  # fmt: skip
+DEFAULTS = learning.DEFAULTS | {"steps": 250, "batch_size": 16, "lr": 3e-4, "sample_every": 200}
 CLASS_STEPS = 20
-SCENE_SIZE = 128  # pixels; only the scenes' colours are used
-KIND = "CustomDiffusion"
-# Ends of the matrices' names in a U-Net, and in the files of diffusers.
-MATRICES = {f".attn2.to_{kind}.weight": f".attn2.processor.to_{kind}_custom_diffusion.weight" for kind in ("k", "v")}
+SCENE_SIZE = 128  # pixels; only the scenes' prompts are used
 
 
-def matrix_names(unet: UNet2DConditionModel) -> dict[str, str]:
-    """The names of the matrices that make keys and values of the context: in the U-Net, and in files."""
-    return {
-        name: name.removesuffix(end) + MATRICES[end]
-        for name, _ in unet.named_parameters()
-        for end in MATRICES
-        if name.endswith(end)
-    }
+@dataclass
+class CustomOptions(ConceptOptions):
+    """Also how prior preservation works; every field but `images` is a flag of the same name."""
+
+    out: Path = option(ROOT / "runs" / "p3_custom", "folder of the run")
+    show: list[str] = option((), "further prompts to draw samples of", type=str, nargs="+", metavar="TEXT")
+    class_share: float = option(0.75, "part of every batch that are pictures of the class")
+    class_images: int = option(200, "pictures of the class, which the base draws once")
+    class_prompts: Path = option(None, "prompts of the class, one a line (default for the shipped base: circles)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check("class_share", self.class_share, 0 <= self.class_share < 1, "at least 0 and below 1")
+        check("class_images", self.class_images, self.class_images >= 1, "at least 1")
 
 
-def save_custom(path: Path, base: Base, words: Words, matrices: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write all that differs from the base as one safetensors file: words under their tokens, matrices in float32.
-
-    Matrices are named as diffusers' `UNet2DConditionModel.load_attn_procs` wants them, with an empty tensor for every
-    self-attention, which nothing changed. It takes them as a dict, without the words, and diffusers 0.42 ignores them
-    unless it is given the pipeline too:
-
-        tensors = load_file(path)
-        words = {token: tensors.pop(token) for token in list(tensors) if token.startswith("<")}
-        pipeline.load_textual_inversion([{token: rows} for token, rows in words.items()])
-        pipeline.unet.load_attn_procs(tensors, _pipeline=pipeline)
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    names = matrix_names(base.unet)
-    tensors = {names[name]: matrix.float() for name, matrix in matrices.items()}
-    tensors |= {name: torch.empty(0) for name in base.unet.attn_processors if ".attn1." in name}
-    save_tensors(path, {token: rows.float() for token, rows in words.items()} | tensors, {"kind": KIND} | dict(about))
-
-
-def with_matrices(unet: UNet2DConditionModel, matrices: Mapping[str, Tensor]) -> UNet2DConditionModel:
-    """A U-Net that has other matrices, and shares all else with the given one, which stays as it is."""
-    changed = with_shared_weights(unet)
-    for name, matrix in matrices.items():
-        layer, _, kind = name.rpartition(".")
-        matrix = matrix.detach().to(unet.device, unet.dtype)
-        setattr(changed.get_submodule(layer), kind, nn.Parameter(matrix, requires_grad=False))
-    return changed
-
-
-def load_custom(base: Base, path: Path) -> Base:
-    """A base with what `save_custom` wrote; everything else in it is the given base's, which stays as it is.
-
-    Raises:
-        UserError: the file is missing or broken, holds something else, or was made for another base.
-    """
-    tensors, _ = load_tensors(path)
-    words = {name: torch.atleast_2d(rows).float() for name, rows in tensors.items() if FORM.fullmatch(name)}
-    names = matrix_names(base.unet)
-    if not any(name.endswith(tuple(MATRICES.values())) for name in tensors):
-        raise UserError(f"{path}: holds no matrices of Custom Diffusion; give learned words as --words")
-    unknown = [name for name, tensor in tensors.items() if len(tensor) and name not in {*words, *names.values()}]
-    if unknown:
-        raise UserError(f"{path}: has {unknown[0]}, of which the base has no such matrix; name its base")
-    for name, stored in names.items():
-        old, new = base.unet.get_parameter(name), tensors.get(stored)
-        if new is None or new.shape != old.shape:
-            found = "is missing" if new is None else f"is {tuple(new.shape)}, the base's {tuple(old.shape)}"
-            raise UserError(f"{path}: {stored} {found}; name the base that it was made with")
-    matrices = {name: tensors[stored] for name, stored in names.items()}
-    return add_words(replace(base, unet=with_matrices(base.unet, matrices)), words)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty.
-
-    Raises:
-        UserError: it cannot be read, or has none.
-    """
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable text file ({error}); name one with a prompt a line") from None
-    if not any(lines):
-        raise UserError(f"{path}: holds no prompts; write one a line")
-    return [line for line in lines if line]
-
-
-def class_prompts(args) -> list[str]:
-    """What the pictures of the class are of, one prompt each: circles of named colours for the miniature.
-
-    Raises:
-        UserError: another base, and no file of prompts.
-    """
-    if args.class_prompts:
-        prompts = read_prompts(args.class_prompts)
-        return [prompts[k % len(prompts)] for k in range(args.class_images)]
-    if args.base != BASE:
-        raise UserError("--class-prompts: name a file with sentences of the class, or give --class-share 0")
-    return [scene.prompt for scene in random_scenes(args.class_images, SCENE_SIZE, args.seed, (1, 2), held_out=False)]
+def class_prompts(config: CustomOptions, seed: int) -> list[str]:
+    """A prompt for each picture of the class: the lines of a file in turn, or for the shipped base circles."""
+    if config.class_prompts:
+        prompts = read_lines(config.class_prompts)
+        return [prompts[k % len(prompts)] for k in range(config.class_images)]
+    if config.base.resolve() != BASE:
+        raise UserError("--class-prompts: name a file with prompts of the class, or give --class-share 0")
+    return [scene.prompt for scene in random_scenes(config.class_images, SCENE_SIZE, seed, (1, 2), held_out=False)]
 
 
 def class_pictures(base: Base, prompts: Sequence[str], seed: int, guidance_scale: float, path: Path) -> Tensor:
-    """Pictures that the base draws of the class: read from `path` if they are these, else drawn, and written there.
+    """A picture of each prompt, drawn by the base: uint8 (N, 3, size, size).
 
-    Args:
-        base: as it was before.
-        prompts: one a picture.
-        seed: of their noise.
-        guidance_scale: to draw with.
-        path: a safetensors file.
-
-    Returns:
-        uint8 (N, 3, size, size).
+    They are kept in a safetensors file, and read from there if they are of the same prompts, seed and guidance.
     """
     about = {"prompts": list(prompts), "seed": seed, "guidance_scale": guidance_scale}
     if path.exists() and load_about(path) == about:
         return load_tensors(path)[0]["images"]
-    keys = [(seed, 9, k) for k in range(len(prompts))]
-    images = draw_prompts(base, prompts, keys, CLASS_STEPS, guidance_scale)
+    items = [(prompt, (9, k)) for k, prompt in enumerate(prompts)]
+    images = draw_prompts(base, items, PromptOptions(CLASS_STEPS, seed, guidance_scale))
     save_tensors(path, {"images": images}, about)
     return images
 
 
+def train(config: CustomOptions, options: TrainingOptions) -> Path:
+    """Learn the concepts; returns the path of what differs from the base, `OUT/custom.safetensors`.
+
+    Raises:
+        UserError: the photos or the base cannot be used, the loss is not finite, or the disk is full.
+    """
+    base = load_base(config.base, pick_device(options.device), cache=config.cache_dir)
+    of_class = min(round(options.batch_size * config.class_share), options.batch_size - 1)
+    prompts = class_prompts(config, options.seed) if of_class else []
+    concepts = learning.read_concepts(config, base, options.seed)
+    shown = concepts.shown + [prompt for prompt in config.show for _ in range(SHOWN)]
+    check_prompts(concepts.base.tokenizer, shown + prompts)
+    kinds, counts = [concepts.examples], [options.batch_size - of_class]
+    if of_class:
+        path = config.out / "class.safetensors"
+        images = class_pictures(base, prompts, options.seed, config.guidance_scale, path)
+        photos = [(image, [prompt]) for image, prompt in zip(images, prompts)]
+        kinds.append(encode(concepts.base, photos, 1, 1.0, False, options.seed))
+        counts.append(of_class)
+    matrices = {name: base.unet.get_parameter(name).detach().float() for name in matrix_names(base.unet)}
+    model, path = Learned(concepts.start, matrices), config.out / "custom.safetensors"
+
+    def sample(learned: Learned) -> Tensor:
+        changed = replace(base, unet=with_matrices(base.unet, learned.unet_weights()))
+        return learning.draw_samples(add_words(changed, learned.words()), shown, config.guidance_scale, options.seed)
+
+    trainer = Trainer(
+        model=model,
+        options=options,
+        folder=config.out,
+        about={"kind": KIND, "vectors": model.vectors, "schedule": asdict(base.schedule)},
+        make_batch=ExampleBatches(kinds, counts, base.schedule.T, options.seed),
+        loss_fn=lambda learned, batch: learning_loss(learned, concepts.base, batch),
+        validate=learning.validation_loss(concepts.examples, concepts.base, options.batch_size),
+        sample=sample,
+        notes=config.notes(),
+    )
+    trainer.finish(lambda learned, facts: save_custom(path, base, learned.words(), learned.unet_weights(), facts))
+    say(f"{path}: {', '.join(model.vectors)} and {len(matrices)} matrices")
+    return path
+
+
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="custom_diffusion.py", description=__doc__)
-    add_concept_arguments(parser)
-    files = parser.add_argument_group("run")
-    files.add_argument("--out", type=Path, default=ROOT / "runs" / "p3_custom", help="folder of the run")
-    files.add_argument("--show", nargs="+", default=[], metavar="TEXT", help="more prompts to draw meanwhile")
-    prior = parser.add_argument_group("prior preservation")
-    prior.add_argument("--class-share", type=float, default=0.75, help="part of a batch that are the class's pictures")
-    prior.add_argument("--class-images", type=int, default=200, help="how many the base draws, once")
-    prior.add_argument(
-        "--class-prompts", type=Path, metavar="FILE", help="a prompt a line (default: circles, of the shipped base)"
-    )
+    learning.add_concept_arguments(parser, CustomOptions)
     add_training_arguments(parser, **DEFAULTS)
     return parser.parse_args(argv)
 
 
 def main(args) -> Path:
-    """Learn the concepts; returns the path of what differs from the base, `OUT/custom.safetensors`.
-
-    Raises:
-        UserError: bad arguments, pictures or base, a loss that is not finite, or a full disk.
-    """
-    options = training_options(args)
-    if not 0 <= args.class_share < 1:
-        raise UserError(f"--class-share {args.class_share}: must be at least 0 and below 1")
-    if args.class_images < 1:
-        raise UserError(f"--class-images {args.class_images}: must be at least 1")
-    base = load_base(args.base, pick_device(options.device), cache=args.cache_dir)
-    of_class = min(round(options.batch_size * args.class_share), options.batch_size - 1)
-    prompts = class_prompts(args) if of_class else []
-    concepts = read_concepts(args, base, options.seed)
-    extended = concepts.base
-    shown = shown_prompts(concepts) + [prompt for prompt in args.show for _ in range(SHOWN)]
-    check_prompts(extended.tokenizer, shown + prompts)
-    kinds = [concepts.examples]
-    if of_class:
-        images = class_pictures(base, prompts, options.seed, args.guidance_scale, args.out / "class.safetensors")
-        told = Told(images, [[prompt] for prompt in prompts])
-        kinds.append(encode(extended, [told], 1, 1.0, False, options.seed))
-    counts = [options.batch_size - of_class, of_class]
-    batches = ExampleBatches(kinds, counts, base.schedule.T, options.seed)
-    matrices = {name: base.unet.get_parameter(name).detach().float() for name in matrix_names(base.unet)}
-
-    def sample(learned: nn.Module) -> Tensor:
-        keys = [(options.seed, k) for k in range(len(shown))]
-        changed = replace(base, unet=with_matrices(base.unet, learned.unet_weights()))
-        knowing = add_words(changed, learned.words(concepts.vectors))
-        return grid(draw_prompts(knowing, shown, keys, STEPS, args.guidance_scale), columns=SHOWN)
-
-    about = {"kind": KIND, "vectors": concepts.vectors, "schedule": asdict(base.schedule)}
-    notes = notes_of(args) | {"class_share": args.class_share, "class_images": args.class_images}
-    trainer = Trainer(
-        Learned(concepts.rows, matrices),
-        options,
-        args.out,
-        about,
-        batches,
-        lambda learned, batch: learning_loss(learned, extended, batch),
-        watched(concepts.examples, extended, options.batch_size, seeded_generator(0, 3)),
-        sample,
-        notes,
-    )
-    learned = trainer.run()
-    path = args.out / "custom.safetensors"
-    if trainer.accelerator.is_main_process:
-        save_custom(path, base, learned.words(concepts.vectors), learned.unet_weights(), trainer.facts())
-        say(f"{path}: {', '.join(concepts.vectors)} and {len(matrices)} matrices")
-    trainer.accelerator.end_training()
-    return path
+    """Learn the concepts that the arguments name; see `train`."""
+    return train(options_from(args, CustomOptions), training_options(args))
 
 
 if __name__ == "__main__":

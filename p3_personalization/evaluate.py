@@ -1,15 +1,15 @@
-"""Judge drawn concepts: are they like the pictures that they were learned from, and do they follow their prompts?
+"""Score drawn concepts: do they look like the photos that they were learned from, and do they follow their prompts?
 
 python evaluate.py input.json OUT REFERENCES --clip FOLDER   # what hw2_3_2024.sh was given and has drawn
 python evaluate.py                                           # what it draws by default
 
-REFERENCES/{concept}/ holds the pictures that a concept was learned from. Figures of each prompt:
-  image   100 cos of a picture and each of these, by CLIP; their mean
-  text    100 cos of the picture and the prompt in the table's "prompt_4_clip_eval", by CLIP
-  passed  whether image and text reach the baseline, both as means over the five pictures with the most image + 2.5 text
+REFERENCES/{concept}/ holds the photos that a concept was learned from. Scores of each prompt:
+  image   100 x cosine of each picture and each photo, by CLIP; the mean
+  text    100 x cosine of each picture and the prompt in the table's "prompt_4_clip_eval", by CLIP
+  passed  whether image and text, as means over the five pictures with most image + 2.5 text, reach the baseline
 
 and with --discs, for the miniature:
-  difference  CIEDE2000 from the concept's colour to the disc that is most like it; the median over all pictures
+  difference  CIEDE2000 between the concept's colour and the most similar disc; the median over all pictures
   near        share of pictures where that is at most 10
   shown       share of pictures that show every learned word of the prompt as a disc of its own
 """
@@ -25,72 +25,75 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from torch import Tensor
 
-from common.cli import Parser, UserError, add_json_argument, check_json, progress, run, write_json
-from common.data import IMAGE_SUFFIXES, read_image
+from common.cli import Parser, UserError, add_json_argument, check, check_json, run, write_json
+from common.data import read_image
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from latent_diffusion.clip import Clip
+from latent_diffusion.miniature import CLIP
 from latent_diffusion.miniature.regions import NEAR, concept_colour, disc_difference, shows_colours
-from p3_personalization.generate import EXAMPLES, OUTPUT, ROOT
-from p3_personalization.table import COUNT, Concept, read_table
+from p3_personalization.generate import COUNT, EXAMPLES, OUTPUT, TableEntry, read_table
+from p3_personalization.photos import list_images
 
-CLIP = ROOT / "latent_diffusion" / "miniature" / "weights" / "clip"
 BEST = 5  # pictures that the course's score is the mean of
-TEXT_WEIGHT = 2.5  # of the text's cosine beside the image's, where the best are chosen
+TEXT_WEIGHT = 2.5  # of the text score beside the image score, when the best are chosen
+SHOWN = ("image", "text", "baseline", "passed", "difference", "near", "shown")
 
 
-def best_means(image: Sequence[float], text: Sequence[float]) -> tuple[float, float, list[int]]:
-    """The course's score of one prompt: means of both scores over the best pictures, and which these are.
-
-    Args:
-        image: 100 cos of each picture and the references.
-        text: 100 cos of each picture and the prompt.
-    """
-    image, text = np.asarray(image), np.asarray(text)
-    best = np.argsort(-(image + TEXT_WEIGHT * text), kind="stable")[:BEST]
-    return float(image[best].mean()), float(text[best].mean()), best.tolist()
+def best_means(images: Sequence[float], texts: Sequence[float]) -> tuple[float, float, list[int]]:
+    """The course's score of one prompt: mean image and text score of the best pictures, and which these are."""
+    images, texts = np.asarray(images), np.asarray(texts)
+    best = np.argsort(-(images + TEXT_WEIGHT * texts), kind="stable")[:BEST]
+    return float(images[best].mean()), float(texts[best].mean()), best.tolist()
 
 
-def read_references(folder: Path) -> list[np.ndarray]:
-    """The pictures of one concept, uint8 (H, W, 3) each, in the order of their names.
-
-    Raises:
-        UserError: no such folder, or no pictures in it.
-    """
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")]
-    if not files:
-        raise UserError(
-            f"{folder}: holds no pictures of the concept; name the folder that has {folder.name}/ with some"
-        )
-    return [read_image(file, None) for file in files]
+def read_references(folder: Path, entries: Sequence[TableEntry]) -> dict[str, list[np.ndarray]]:
+    """The photos of each concept, uint8 (H, W, 3) each, by its number; a `UserError` where a concept has none."""
+    references = {}
+    for own in (folder / entry.number for entry in entries):
+        references[own.name] = [read_image(file, None) for file in list_images(own)]
+        if not references[own.name]:
+            raise UserError(f"{own}: holds no pictures of the concept; name the folder that has {own.name}/ with some")
+    return references
 
 
-def read_drawn(out: Path, concept: Concept, prompt: int, count: int) -> list[np.ndarray]:
-    """The pictures of one prompt, uint8 (H, W, 3) each.
+def disc_colours(references: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    """The colour of each concept's disc, sRGB (3,); a `UserError` where a photo shows no disc."""
+    colours = {number: concept_colour(photos) for number, photos in references.items()}
+    for number, colour in colours.items():
+        if colour is None:
+            raise UserError(f"concept {number!r}: not all its pictures show a disc; use --no-discs")
+    return colours
 
-    Raises:
-        UserError: they are fewer or more than the grader asks for, or one cannot be read.
-    """
-    files = [out / file for file in concept.files(prompt, count)]
-    folder = files[0].parent
-    found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES] if folder.is_dir() else []
+
+def read_drawn(out: Path, entry: TableEntry, prompt: int, count: int) -> list[np.ndarray]:
+    """The pictures of one prompt, uint8 (H, W, 3) each; a `UserError` unless there are `count` of them."""
+    files = [out / file for file in entry.files(prompt, count)]
+    found = list_images(files[0].parent)
     if absent := [file for file in files if file not in found]:
         raise UserError(f"{absent[0]}: no such picture; {count} are asked for, draw them with generate.py")
     if len(found) > count:
-        raise UserError(f"{folder}: holds {len(found)} pictures instead of {count}; remove the others")
+        raise UserError(f"{files[0].parent}: holds {len(found)} pictures instead of {count}; remove the others")
     return [read_image(file, None) for file in files]
 
 
-def judge_discs(
-    pictures: Sequence[np.ndarray], own: np.ndarray, in_prompt: Sequence[np.ndarray]
-) -> dict[str, float | None]:
-    """What the pictures of one prompt show of concepts that are discs of a colour.
+def score_prompt(clip: Clip, pictures: Sequence[np.ndarray], references: Tensor, text: str) -> dict[str, Any]:
+    """The course's score of one prompt (`image`, `text`, the `best` pictures), and the scores of each picture.
 
     Args:
-        pictures: uint8 (H, W, 3) each.
-        own: the concept's colour, sRGB (3,).
-        in_prompt: the colours of all learned words in the prompt.
+        clip: the model.
+        pictures: drawn ones, uint8 (H, W, 3) each.
+        references: unit vectors of the concept's photos (N, D).
+        text: the prompt in words that CLIP knows.
     """
+    drawn = clip.embed_images(pictures)
+    images = (100 * (drawn @ references.T).mean(dim=1)).tolist()
+    texts = (100 * (drawn @ clip.embed_texts([text]).T)[:, 0]).tolist()
+    image, text, best = best_means(images, texts)
+    return {"image": image, "text": text, "best": best, "images": images, "texts": texts}
+
+
+def score_discs(pictures: Sequence[np.ndarray], own: np.ndarray, in_prompt: Sequence[np.ndarray]) -> dict[str, Any]:
+    """How well pictures, uint8 (H, W, 3) each, show discs of a concept's own colour and of all those in the prompt."""
     differences = [disc_difference(picture, own) for picture in pictures]
     median = float(np.median(differences))
     return {
@@ -100,105 +103,53 @@ def judge_discs(
     }
 
 
-def judge_prompt(clip: Clip, pictures: Sequence[np.ndarray], references: Tensor, text: str) -> dict[str, Any]:
-    """The course's scores of one prompt.
-
-    Args:
-        clip: that judges.
-        pictures: drawn ones, uint8 (H, W, 3) each.
-        references: unit vectors of the concept's pictures (N, D).
-        text: the prompt in words that CLIP knows.
-    """
-    drawn = clip.embed_images(pictures)
-    image = (100 * (drawn @ references.T).mean(dim=1)).tolist()
-    words = (100 * (drawn @ clip.embed_texts([text]).T)[:, 0]).tolist()
-    image_mean, text_mean, best = best_means(image, words)
-    return {"image": image_mean, "text": text_mean, "best": best, "images": image, "texts": words}
-
-
-def tokens_in(prompt: str, concepts: Sequence[Concept]) -> list[Concept]:
-    """The concepts whose word is in a prompt."""
-    return [concept for concept in concepts if concept.token.lower() in prompt.lower()]
-
-
-def report(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a line a prompt, and what it was."""
-    names = ("image", "text", "baseline", "passed", "difference", "near", "shown")
-    shown = [name for name in names if any(row.get(name) is not None for row in rows)]
-    formats = {"image": "{:.2f}", "text": "{:.2f}", "difference": "{:.1f}", "near": "{:.0%}", "shown": "{:.0%}"}
-    print(f"{'':<6}" + "".join(f"{name:>14}" for name in shown))
-    for row in rows:
-        cells = []
-        for name in shown:
-            value = row.get(name)
-            if value is None:
-                cells.append("-")
-            elif name == "baseline":
-                cells.append("{:g}, {:g}".format(*value))
-            elif name == "passed":
-                cells.append("yes" if value else "no")
-            else:
-                cells.append(formats[name].format(value))
-        print(f"{row['concept']}/{row['number']:<4}" + "".join(f"{cell:>14}" for cell in cells) + f"  {row['prompt']}")
-
-
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="evaluate.py", description=__doc__)
-    parser.add_argument(
-        "table", type=Path, nargs="?", default=EXAMPLES / "input.json", metavar="INPUT_JSON", help="what was drawn"
-    )
+    table = EXAMPLES / "input.json"
+    parser.add_argument("table", type=Path, nargs="?", default=table, metavar="INPUT_JSON", help="what was drawn")
     parser.add_argument("out", type=Path, nargs="?", default=OUTPUT, metavar="OUT", help="folder of the pictures")
     parser.add_argument("references", type=Path, nargs="?", default=EXAMPLES, metavar="REFERENCES", help="see above")
-    judging = parser.add_argument_group("judging")
-    judging.add_argument("--clip", type=Path, default=CLIP, metavar="FOLDER", help="CLIP in transformers' format")
-    judging.add_argument("--count", type=int, default=COUNT, help="pictures of each prompt")
-    judging.add_argument(
-        "--discs", action=BooleanOptionalAction, help="judge discs' colours (default: for the shipped examples)"
-    )
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument("--clip", type=Path, default=CLIP, metavar="FOLDER", help="CLIP in transformers' format")
+    scoring.add_argument("--count", type=int, default=COUNT, help="pictures of each prompt")
+    discs = "score the colours of discs (default: for the shipped examples)"
+    scoring.add_argument("--discs", action=BooleanOptionalAction, help=discs)
+    scoring.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of CLIP")
+    scoring.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:1, ...")
     add_json_argument(parser)
-    judging.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of CLIP")
-    judging.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser.parse_args(argv)
 
 
 def main(args) -> list[dict[str, Any]]:
-    """Judge, print, and return a dictionary a prompt.
-
-    Raises:
-        UserError: a bad table, missing or surplus pictures, no CLIP, or a file that cannot be written.
-    """
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: starts at 1")
+    """Score, print, and return a dictionary for each prompt."""
+    check("count", args.count, args.count >= 1, "at least 1")
     check_json(args.json)
-    concepts = read_table(args.table)
-    for concept in concepts:
-        if not concept.judged_prompts:
-            raise UserError(f'{args.table} concept {concept.number!r}: has no "prompt_4_clip_eval"; add one a prompt')
-    references = {concept.number: read_references(args.references / concept.number) for concept in concepts}
-    colours = {}
-    if args.references.resolve() == EXAMPLES.resolve() if args.discs is None else args.discs:
-        for number, pictures in references.items():
-            colours[number] = concept_colour(pictures)
-            if colours[number] is None:
-                raise UserError(f"{args.references / number}: not all its pictures show a disc; use --no-discs")
+    entries = read_table(args.table)
+    for entry in entries:
+        if not entry.judged_prompts:
+            raise UserError(f'{args.table} concept {entry.number!r}: has no "prompt_4_clip_eval"; add one a prompt')
+    references = read_references(args.references, entries)
+    with_discs = args.references.resolve() == EXAMPLES if args.discs is None else args.discs
+    colours = disc_colours(references) if with_discs else {}
     device = pick_device(args.device)
     clip = Clip(args.clip, device, pick_precision(args.precision, device))
     rows = []
-    vectors = {number: clip.embed_images(pictures) for number, pictures in references.items()}
-    every = [(concept, p) for concept in concepts for p in range(len(concept.prompts))]
-    for concept, p in progress(every, "judging", "prompt"):
-        prompt, text = concept.prompts[p], concept.judged_prompts[p]
-        pictures = read_drawn(args.out, concept, p, args.count)
-        row = {"concept": concept.number, "number": p, "prompt": prompt, "prompt_4_clip_eval": text}
-        row |= judge_prompt(clip, pictures, vectors[concept.number], text)
-        if concept.baselines:
-            row["baseline"] = list(concept.baselines[p])
-            row["passed"] = row["image"] >= row["baseline"][0] and row["text"] >= row["baseline"][1]
-        if colours:
-            in_prompt = [colours[other.number] for other in tokens_in(prompt, concepts)]
-            row |= judge_discs(pictures, colours[concept.number], in_prompt)
-        rows.append(row)
-    report(rows)
+    for entry in entries:
+        vectors = clip.embed_images(references[entry.number])
+        for p, (prompt, text) in enumerate(zip(entry.prompts, entry.judged_prompts)):
+            pictures = read_drawn(args.out, entry, p, args.count)
+            row = {"concept": entry.number, "number": p, "prompt": prompt, "prompt_4_clip_eval": text}
+            row |= score_prompt(clip, pictures, vectors, text)
+            if entry.baselines:
+                row["baseline"] = list(entry.baselines[p])
+                row["passed"] = row["image"] >= row["baseline"][0] and row["text"] >= row["baseline"][1]
+            if colours:
+                in_prompt = [colours[other.number] for other in entries if other.token.lower() in prompt.lower()]
+                row |= score_discs(pictures, colours[entry.number], in_prompt)
+            rows.append(row)
+            shown = {name: row[name] for name in SHOWN if row.get(name) is not None}
+            scores = (f"{name} {x:.2f}" if isinstance(x, float) else f"{name} {x}" for name, x in shown.items())
+            print(f"{entry.number}/{p} {prompt}: {', '.join(scores)}", flush=True)
     write_json(args.json, rows)
     return rows
 

@@ -1,169 +1,151 @@
 """Draw what the Fall 2024 grader asks for: 25 pictures of each prompt about a learned word.
 
 python generate.py input.json OUT sd-v1-4.ckpt --words FILE     # words that textual_inversion.py learned
-python generate.py input.json OUT sd-v1-4.ckpt --custom FILE    # words and matrices of custom_diffusion.py
+python generate.py input.json OUT sd-v1-4.ckpt --custom FILE    # words and matrices that custom_diffusion.py learned
 python generate.py                                              # the miniature's, into outputs/p3_2024
 
-OUT gets {concept}/{prompt}/source{concept}_prompt{prompt}_{n}.png, n = 0..24. With words alone a prompt
-without a learned word gives the pictures that it gave before; Custom Diffusion's matrices change those a little.
+OUT gets {concept}/{prompt}/source{concept}_prompt{prompt}_{n}.png, n = 0..24. Learned words do not change the pictures
+of prompts without them; Custom Diffusion's matrices change those a little.
 """
 
-import math
+import json
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor
 
-from common.cli import Parser, Progress, UserError, run, say
+from common.cli import Parser, UserError, check, options_from, run, say
 from common.images import clear_way, staged, to_pil
 from latent_diffusion.base import Base
-from latent_diffusion.drawing import GUIDANCE_SCALE, add_drawing_flags, draw_prompts, load_chosen_base
-from p3_personalization.table import COUNT, read_table
-from p3_personalization.words import add_words, check_prompts, load_all_words
+from latent_diffusion.drawing import Item, PromptOptions, PromptSampler, add_drawing_flags, load_chosen_base
+from latent_diffusion.miniature import BASE
+from p3_personalization.words import check_prompts, with_learned
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-BASE = ROOT / "latent_diffusion" / "miniature" / "weights" / "base"
 WORDS = HERE / "weights" / "words.safetensors"
 CUSTOM = HERE / "weights" / "custom.safetensors"
 INVERSION, CUSTOM_DIFFUSION = "textual inversion", "Custom Diffusion"
-# A student's own, for the real Stable Diffusion: here, or beside SD_CKPT.
+# A student's own words for the real Stable Diffusion lie here, or beside SD_CKPT.
 OWN_WORDS = ROOT / "checkpoints" / "words_sd.safetensors"
 EXAMPLES = HERE / "examples"
 OUTPUT = ROOT / "outputs" / "p3_2024"
-SAMPLER = "dpm-solver++"
 MINIATURE_GUIDANCE_SCALE = 3.0
+COUNT = 25  # pictures of each prompt
+EXAMPLE = '{"0": {"token_name": "<new1>", "prompt": ["A photo of <new1>."]}}'
 
 
 @dataclass(frozen=True)
-class DrawingOptions:
-    """How to draw; every field is a flag.
+class TableEntry:
+    """One concept of the grader's table.
 
-    Args:
-        steps: steps of the reverse process.
-        seed: the same seed gives the same pictures.
-        guidance_scale: 1 = off.
-        sampler: one of flags.py's `SAMPLERS`.
-        batch_size: pictures at a time; does not change them.
-
-    Raises:
-        UserError: a value out of its range.
+    Attributes:
+        number: its key there, and the name of its folder.
+        token: the word that stands for it.
+        prompts: what to draw.
+        judged_prompts: the same prompts in words that CLIP knows; empty if the table has none.
+        baselines: image and text score that each prompt's pictures must reach; empty if the table has none.
     """
 
-    steps: int = 20
-    seed: int = 0
-    guidance_scale: float = GUIDANCE_SCALE
-    sampler: str = SAMPLER
-    batch_size: int = 8
+    number: str
+    token: str
+    prompts: list[str]
+    judged_prompts: list[str]
+    baselines: list[tuple[float, float]]
 
-    def __post_init__(self):
-        for name, low, high in (("steps", 1, 1000), ("seed", 0, math.inf), ("batch_size", 1, math.inf)):
-            if not low <= getattr(self, name) <= high:
-                upto = f" to {high}" if high < math.inf else ""
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: from {low}{upto}")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise UserError(f"--guidance-scale {self.guidance_scale}: must be at least 0")
+    def files(self, prompt: int, count: int) -> list[Path]:
+        """The pictures of one prompt, relative to the output folder."""
+        folder = Path(self.number) / str(prompt)
+        return [folder / f"source{self.number}_prompt{prompt}_{k}.png" for k in range(count)]
 
 
-def check_steps(base: Base, steps: int) -> None:
-    """Refuse more steps than the base's schedule has.
+def read_texts(fields: Mapping[str, Any], name: str, where: str) -> list[str]:
+    """A field that is a list of texts, or one text; an error's line starts with `where`."""
+    value = fields.get(name, [])
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise UserError(f'{where}: "{name}" is {json.dumps(value)[:40]}; write a list of texts, as in {EXAMPLE}')
+    return value
+
+
+def read_entry(number: str, fields: Any, where: str) -> TableEntry:
+    """One concept of the table; an error's line starts with `where`."""
+    if not number.isalnum():  # it names a folder
+        raise UserError(f"{where}: its name is no number or word; write it as in {EXAMPLE}")
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: is {json.dumps(fields)[:40]}; write it as in {EXAMPLE}")
+    token, prompts = fields.get("token_name"), read_texts(fields, "prompt", where)
+    for name, given in (("token_name", isinstance(token, str) and token.strip()), ("prompt", prompts)):
+        if not given:
+            raise UserError(f'{where}: has no "{name}"; write it as in {EXAMPLE}')
+    judged, baselines = read_texts(fields, "prompt_4_clip_eval", where), fields.get("baseline", [])
+    try:
+        baselines = [(float(image), float(text)) for image, text in baselines]
+    except (TypeError, ValueError):
+        found = json.dumps(baselines)[:40]
+        raise UserError(f'{where}: "baseline" is {found}; write pairs such as [[79, 34], [74, 35]]') from None
+    for name, given in (("prompt_4_clip_eval", judged), ("baseline", baselines)):
+        if given and len(given) != len(prompts):
+            raise UserError(f'{where}: "{name}" has {len(given)} entries for {len(prompts)} prompts; give one each')
+    return TableEntry(number, token.strip(), prompts, judged, baselines)
+
+
+def read_table(path: Path) -> list[TableEntry]:
+    """The concepts of an `input.json`, in its order.
 
     Raises:
-        UserError: there are more.
+        UserError: the file is missing or not JSON, or one of its entries cannot be used.
     """
     try:
-        base.schedule.timesteps(steps)
-    except ValueError as error:
-        raise UserError(f"--steps {steps}: {error}") from None
-
-
-def pictures(base: Base, prompts: Sequence[tuple[str, int]], options: DrawingOptions) -> Iterator[Tensor]:
-    """Draw prompts, each with the number of the picture among all pictures of that prompt.
-
-    A picture depends on the seed, its prompt and its number alone: other words of the same name begin with the same
-    noise. A batch that does not fit the GPU's memory is halved; where half precision overflows, the networks are turned
-    to fp32 and stay so.
-
-    Yields:
-        uint8 (3, H, W) on the CPU, in the prompts' order.
-
-    Raises:
-        UserError: a single picture does not fit the GPU's memory, or is not finite in fp32 either; or there are more
-            steps than the base's schedule has.
-    """
-    check_steps(base, options.steps)
-    keys = [(options.seed, zlib.crc32(prompt.encode()), number) for prompt, number in prompts]
-    start, size = 0, options.batch_size
-    with Progress(len(prompts), "pictures", "picture") as phase:
-        while start < len(prompts):
-            texts = [prompt for prompt, _ in prompts[start : start + size]]
-            own = keys[start : start + size]
-            try:
-                batch = draw_prompts(base, texts, own, options.steps, options.guidance_scale, size, options.sampler)
-            except torch.OutOfMemoryError:
-                if len(texts) == 1:
-                    raise UserError("a picture does not fit the GPU's memory; add --precision fp16") from None
-                size = len(texts) // 2
-            except FloatingPointError:
-                dtype = base.unet.dtype
-                if dtype == torch.float32:
-                    raise UserError(f"{texts[0]!r}: drawn in fp32 it is not finite; name other weights") from None
-                print(f"warning: the networks overflow in {dtype}; drawing in fp32 from here on", file=sys.stderr)
-                for model in (base.unet, base.vae, base.text_encoder):
-                    model.float()
-            else:
-                yield from batch
-                start += len(batch)
-                phase.update(len(batch))
-                continue
-            if base.device.type == "cuda":
-                torch.cuda.empty_cache()
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a file such as input.json") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); write it as in {EXAMPLE}") from None
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"{path}: not an object of concepts; write it as in {EXAMPLE}")
+    return [read_entry(number, fields, f"{path} concept {number!r}") for number, fields in table.items()]
 
 
 def is_miniature(base: Path) -> bool:
-    """Whether this is the base that comes with the project."""
-    return base.resolve() == BASE.resolve()
+    """Whether a path is that of the base that comes with the project."""
+    return base.resolve() == BASE
 
 
 def default_words(base: Path) -> Path:
-    """The shipped words for the shipped base, a student's own for any other.
-
-    Raises:
-        UserError: there are none for this base.
-    """
+    """The shipped words for the shipped base, the student's own for another; a `UserError` where there are none."""
     if is_miniature(base):
         return WORDS
-    places = OWN_WORDS, base.parent / OWN_WORDS.name
-    for place in places:
+    for place in (OWN_WORDS, base.parent / OWN_WORDS.name):
         if place.is_file():
             return place
     raise UserError(
-        f"no words for {base}: put them at {places[0]}, or name them with --words or --custom; to learn one:"
+        f"no words for {base}: put them at {OWN_WORDS}, or name them with --words or --custom; to learn one:"
         f" python p3_personalization/textual_inversion.py IMAGES --base {base}"
     )
 
 
-def add_drawing_arguments(parser: Parser) -> None:
-    """The arguments of everything that draws learned words."""
-    add_drawing_flags(parser, SAMPLER, f"{MINIATURE_GUIDANCE_SCALE} for the miniature")
+def prompt_items(prompt: str, count: int) -> list[Item]:
+    """The first pictures of a prompt, as `PromptSampler` takes them.
 
-
-def drawing_options(args) -> DrawingOptions:
-    """The part of the arguments that says how to draw.
-
-    Raises:
-        UserError: a value out of its range.
+    Noise is keyed by seed, prompt and number, so a picture does not depend on the rest of the table, and different
+    words of the same name start from the same noise.
     """
-    scale = args.guidance_scale
-    if scale is None:
-        scale = MINIATURE_GUIDANCE_SCALE if is_miniature(args.base) else GUIDANCE_SCALE
-    return DrawingOptions(args.steps, args.seed, scale, args.sampler, args.batch_size)
+    return [(prompt, (zlib.crc32(prompt.encode()), number)) for number in range(count)]
+
+
+def drawing_options(args) -> PromptOptions:
+    """The drawing options among parsed arguments; a guidance scale that is not given is the one for the base."""
+    options = options_from(args, PromptOptions)
+    if options.guidance_scale is None and is_miniature(args.base):
+        return replace(options, guidance_scale=MINIATURE_GUIDANCE_SCALE)
+    return options
 
 
 def load_plain(args) -> Base:
@@ -174,73 +156,48 @@ def load_plain(args) -> Base:
     return base
 
 
-def with_learned(base: Base, words: Sequence[Path], custom: Path | None = None) -> Base:
-    """A base that knows the words of some files, and has what Custom Diffusion changed.
-
-    Raises:
-        UserError: a file is missing, broken or of another base, or a word is learned twice.
-    """
-    if custom:
-        # Here, because it brings the training loop along, which takes seconds to import.
-        from p3_personalization.custom_diffusion import load_custom
-
-        base = load_custom(base, custom)
-    return add_words(base, load_all_words(words))
-
-
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="generate.py", description=__doc__)
-    parser.add_argument(
-        "table", type=Path, nargs="?", default=EXAMPLES / "input.json", metavar="INPUT_JSON", help="what to draw"
-    )
+    table = EXAMPLES / "input.json"
+    parser.add_argument("table", type=Path, nargs="?", default=table, metavar="INPUT_JSON", help="what to draw")
     parser.add_argument("out", type=Path, nargs="?", default=OUTPUT, metavar="OUT", help="folder for the pictures")
     parser.add_argument(
-        "base", type=Path, nargs="?", default=BASE, metavar="SD_CKPT",
-        help="the frozen model: Stable Diffusion v1 as one file or as a diffusers folder",
-    )  # fmt: skip
+        "base", type=Path, nargs="?", default=BASE, metavar="SD_CKPT", help="frozen model, file or folder"
+    )
     learned = parser.add_argument_group("learned")
+    own = "/".join(OWN_WORDS.parts[-2:])
     learned.add_argument(
-        "--words", type=Path, nargs="+", metavar="FILE",
-        help=f"learned words (default: the shipped ones, or with another base {'/'.join(OWN_WORDS.parts[-2:])})",
-    )  # fmt: skip
+        "--words", type=Path, nargs="+", metavar="FILE", help=f"words (default: the shipped ones, or {own})"
+    )
     learned.add_argument("--custom", type=Path, metavar="FILE", help="what custom_diffusion.py learned, instead")
     files = parser.add_argument_group("pictures")
     files.add_argument("--count", type=int, default=COUNT, help="pictures of each prompt; the grader wants 25")
     files.add_argument("--overwrite", action="store_true", help="remove other files from the prompts' folders")
-    add_drawing_arguments(parser)
+    add_drawing_flags(parser, sampler="dpm-solver++")
     return parser.parse_args(argv)
 
 
 def main(args) -> list[Path]:
-    """Draw and write; returns the files written.
-
-    Raises:
-        UserError: bad arguments, a bad table, a prompt without its word or with one that nobody learned, bad weights,
-            or a folder that cannot be written; nothing is written then.
-    """
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: starts at 1")
+    """Draw and write; returns the files written. Where the input cannot be used, nothing is written."""
+    check("count", args.count, args.count >= 1, "at least 1")
     options = drawing_options(args)
-    concepts = read_table(args.table)
-    paths = args.words or ([] if args.custom else [default_words(args.base)])
-    base = with_learned(load_plain(args), paths, args.custom)
-    check_steps(base, options.steps)
-    for concept in concepts:
-        check_prompts(base.tokenizer, concept.prompts, concept.token, f"{args.table} concept {concept.number!r}: ")
-    wanted = [
-        (file, prompt, number)
-        for concept in concepts
-        for p, prompt in enumerate(concept.prompts)
-        for number, file in enumerate(concept.files(p, args.count))
-    ]
-    clear_way(args.out, [file for file, _, _ in wanted], args.overwrite)
+    entries = read_table(args.table)
+    words = args.words or ([] if args.custom else [default_words(args.base)])
+    base = with_learned(load_plain(args), words, args.custom)
+    files, items = [], []
+    for entry in entries:
+        check_prompts(base.tokenizer, entry.prompts, entry.token, f"{args.table} concept {entry.number!r}: ")
+        for p, prompt in enumerate(entry.prompts):
+            files += entry.files(p, args.count)
+            items += prompt_items(prompt, args.count)
+    drawn = PromptSampler(base).images(items, options)  # nothing is drawn yet, but too many steps are refused
+    clear_way(args.out, files, args.overwrite)
     with staged(args.out) as stage:
-        drawn = pictures(base, [(prompt, number) for _, prompt, number in wanted], options)
-        for (file, _, _), picture in zip(wanted, drawn):
+        for file, (_, picture) in zip(files, drawn):
             (stage / file).parent.mkdir(parents=True, exist_ok=True)
             to_pil(picture).save(stage / file, format="PNG")
-    say(f"{len(wanted)} pictures in {args.out}")
-    return [args.out / file for file, _, _ in wanted]
+    say(f"{len(files)} pictures in {args.out}")
+    return [args.out / file for file in files]
 
 
 if __name__ == "__main__":

@@ -1,88 +1,150 @@
-"""Learning words with a frozen base: what is trained lies beside it, and is put in its place for every call."""
+"""What textual inversion and Custom Diffusion share: their flags, the concepts they read, what they train, the loss.
 
+The base stays frozen. What is trained is a small module beside it, `Learned`, whose tensors take the place of the
+base's own in every call.
+"""
+
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from common.cli import UserError
-from common.data import shuffled_indices, stratified_timesteps
-from common.training import Batch, diffusion_loss
+from common.cli import Parser, UserError, add_options, check, option
+from common.data import Batch
+from common.images import grid
+from common.runtime import seeded_generator
+from common.training import diffusion_loss
 from latent_diffusion.base import Base
-from p3_personalization.views import Examples
-from p3_personalization.words import Words, with_table, with_tokens
+from latent_diffusion.drawing import PromptOptions, draw_prompts
+from latent_diffusion.files import cache_folder
+from latent_diffusion.miniature import BASE
+from p3_personalization.photos import EncodedExamples, encode, read_lines, read_photos
+from p3_personalization.words import Words, add_words
 
-ROWS = "embeddings.token_embedding.rows"  # where a text encoder with a `GrownTable` has the trained ones
-WATCHED_TIMES = 8  # timesteps a picture in the validation loss
-
-
-class GrownTable(nn.Module):
-    """An embedding table whose last rows may be trained while the others stay as they are.
-
-    Args:
-        frozen: rows of the tokens 0, 1, ..., (V, width); no copy is made.
-        rows: of the tokens from V on, (n, width).
-    """
-
-    def __init__(self, frozen: Tensor, rows: Tensor):
-        super().__init__()
-        self.frozen = nn.Buffer(frozen, persistent=False)
-        self.rows = nn.Parameter(rows, requires_grad=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        first = len(self.frozen)
-        old = F.embedding(tokens.clamp(max=first - 1), self.frozen)
-        new = F.embedding((tokens - first).clamp(min=0), self.rows)
-        return torch.where((tokens < first)[..., None], old, new.to(old.dtype))
+ROOT = Path(__file__).resolve().parent.parent
+# The miniature's concepts, and for each a colour of one token that is close to it.
+STARTS = {ROOT / "runs" / "concepts" / "0": "purple", ROOT / "runs" / "concepts" / "1": "olive"}
+TEMPLATES = Path(__file__).resolve().parent / "templates.txt"  # Gal et al. 2022, appendix C, from CLIP's templates
+DEFAULTS = {"weight_decay": 0.0, "warmup": 10, "ema": 0.0, "validate_every": 100, "save_every": 100}
+TABLE = "embeddings.token_embedding.weight"  # in the text encoder
+WATCHED_TIMES = 8  # timesteps a photo in the validation loss
+SHOWN, STEPS = 4, 10  # samples a concept while it is learned, and steps to draw them in
 
 
-def with_new_rows(base: Base, vectors: Mapping[str, int]) -> Base:
-    """A base with tokens more, whose rows are to be put in by `Learned`; until then they are zeros.
+@dataclass
+class ConceptOptions:
+    """What to learn, from which photos, with which base; every field but `images` is a flag of the same name.
 
-    Args:
-        base: stays as it is, and shares its weights.
-        vectors: how many each new token has.
+    A field that is None is filled in.
 
     Raises:
-        UserError: a token exists already, or is badly written.
+        UserError: a value is out of its range, or a list does not fit the folders.
     """
-    tokenizer = with_tokens(base, vectors)
-    old = base.text_encoder.get_input_embeddings().weight.detach()[: len(base.tokenizer)]
-    table = GrownTable(old, old.new_zeros(sum(vectors.values()), old.shape[1]))
-    return replace(base, tokenizer=tokenizer, text_encoder=with_table(base.text_encoder, table, len(tokenizer)))
+
+    images: list[Path]
+    out: Path = option(ROOT / "runs" / "p3_words", "folder of the run")
+    base: Path = option(BASE, "frozen model: a single file or a diffusers folder")
+    cache_dir: Path = option(cache_folder(), "folder that keeps a safetensors copy of a .ckpt")
+    token: list[str] = option(None, "token for each folder (default: <new1>, <new2>, ...)", type=str, nargs="+")
+    initialiser: list[str] = option(
+        None, "known word to start from, one for all folders or one for each", type=str, nargs="+", metavar="WORD"
+    )
+    vectors: int = option(1, "rows of the embedding table for each word")
+    template: list[str] = option(
+        None, "captions with {} for the word (default: the 27 in templates.txt)", type=str, nargs="+", metavar="TEXT"
+    )
+    views: int = option(16, "views of each photo, itself and random crops; they are encoded once")
+    smallest_crop: float = option(0.8, "side of the smallest crop, as a part of the photo's")
+    flip: bool = option(None, "mirror some crops (default: yes, except for the miniature's concepts)")
+    guidance_scale: float = option(2.0, "guidance scale of the samples; 1 turns guidance off")
+
+    def __post_init__(self):
+        check("vectors", self.vectors, self.vectors >= 1, "at least 1")
+        check("views", self.views, self.views >= 1, "at least 1")
+        check("smallest_crop", self.smallest_crop, 0.05 <= self.smallest_crop <= 1, "0.05 to 1")
+        folders, shipped = len(self.images), self.images == [*STARTS]
+        self.token = self.token or [f"<new{k + 1}>" for k in range(folders)]
+        self.initialiser = self.initialiser or [*STARTS.values()] * shipped
+        if not self.initialiser:
+            raise UserError("--initialiser: name a known word that roughly says what the photos show, such as dog")
+        self.initialiser = self.initialiser * (folders if len(self.initialiser) == 1 else 1)
+        for flag, given in (("token", self.token), ("initialiser", self.initialiser)):
+            if len(given) != folders:
+                raise UserError(f"--{flag}: {len(given)} for {folders} folders of photos; give one for each")
+        if twice := [token for token in self.token if self.token.count(token) > 1]:
+            raise UserError(f"--token {twice[0]}: is given to two folders of photos; give each its own")
+        self.template = self.template or read_lines(TEMPLATES)
+        # The miniature's captions say which disc is left and which is right.
+        self.flip = not shipped if self.flip is None else self.flip
+
+    def notes(self) -> dict[str, Any]:
+        """The options as checkpoints keep them; without the folders that do not affect the result."""
+        plain = json.loads(json.dumps(asdict(self), default=str))
+        return {name: value for name, value in plain.items() if name not in ("out", "cache_dir")}
+
+
+def add_concept_arguments(parser: Parser, options: type[ConceptOptions]) -> None:
+    """Add IMAGES and a flag for every option."""
+    folders = "folder of photos for each word"
+    parser.add_argument("images", type=Path, nargs="*", default=[*STARTS], metavar="IMAGES", help=folders)
+    add_options(parser.add_argument_group("concepts"), options)
 
 
 def rows_like(base: Base, words: str, vectors: int) -> Tensor:
-    """Rows to start from: those of known words, in turn, float32 (vectors, width).
-
-    Raises:
-        UserError: the words are more than `vectors` tokens, or none.
-    """
+    """The embeddings of known words, 1 to `vectors` tokens, repeated in turn: float32 (vectors, width)."""
     tokens = base.tokenizer(words, add_special_tokens=False).input_ids
     if not 1 <= len(tokens) <= vectors:
         pieces = ", ".join(piece.removesuffix("</w>") for piece in base.tokenizer.convert_ids_to_tokens(tokens))
         raise UserError(
-            f"--initialiser {words!r}: is {len(tokens)} tokens ({pieces}) for {vectors} vectors; give at most as many,"
-            " or raise --vectors"
+            f"--initialiser {words!r}: is {len(tokens)} tokens ({pieces}); give 1 to {vectors}, or raise --vectors"
         )
     table = base.text_encoder.get_input_embeddings().weight
     return table.detach()[[tokens[k % len(tokens)] for k in range(vectors)]].float().clone()
+
+
+class Concepts(NamedTuple):
+    """What is learned from.
+
+    Attributes:
+        base: the frozen base; it has the words that training starts from.
+        start: these words.
+        examples: the encoded photos.
+        shown: prompts to draw samples of.
+    """
+
+    base: Base
+    start: Words
+    examples: EncodedExamples
+    shown: list[str]
+
+
+def read_concepts(options: ConceptOptions, base: Base, seed: int) -> Concepts:
+    """Read and encode the photos of every concept; a `UserError` where a folder or a word cannot be used."""
+    start = {token: rows_like(base, word, options.vectors) for token, word in zip(options.token, options.initialiser)}
+    base, size = add_words(base, start), base.unet.config.sample_size * base.factor
+    concepts = [read_photos(folder, token, size, options.template) for folder, token in zip(options.images, start)]
+    photos = [photo for concept in concepts for photo in concept]
+    examples = encode(base, photos, options.views, options.smallest_crop, options.flip, seed)
+    return Concepts(base, start, examples, [captions[0] for concept in concepts for _, captions in concept[:SHOWN]])
 
 
 class Learned(nn.Module):
     """What is trained: rows of new words, and in Custom Diffusion some of the U-Net's matrices.
 
     Args:
-        rows: to start from, (n, width).
-        matrices: of the U-Net by their names, to start from; empty for textual inversion.
+        start: words to start from.
+        matrices: of the U-Net by their names, to start from; none for textual inversion.
     """
 
-    def __init__(self, rows: Tensor, matrices: Mapping[str, Tensor] | None = None):
+    def __init__(self, start: Words, matrices: Mapping[str, Tensor] | None = None):
         super().__init__()
-        self.rows = nn.Parameter(rows.clone())
+        self.vectors = {token: len(rows) for token, rows in start.items()}
+        self.rows = nn.Parameter(torch.cat([*start.values()]))
         # A parameter's name may not have dots.
         parameters = {name.replace(".", "/"): nn.Parameter(m.clone()) for name, m in (matrices or {}).items()}
         self.matrices = nn.ParameterDict(parameters)
@@ -91,30 +153,32 @@ class Learned(nn.Module):
         """The matrices by their names in the U-Net."""
         return {name.replace("/", "."): parameter for name, parameter in self.matrices.items()}
 
-    def words(self, vectors: Mapping[str, int]) -> Words:
-        """The rows, split between the words in their order."""
-        return dict(zip(vectors, self.rows.detach().float().cpu().split(list(vectors.values()))))
+    def words(self) -> Words:
+        """The words as they are now."""
+        return dict(zip(self.vectors, self.rows.detach().float().cpu().split([*self.vectors.values()])))
 
     def forward(self, base: Base, xt: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        """The base's prediction, with what is learned in its place.
+        """The U-Net's output with what is learned in place of the base's own weights.
 
         Args:
-            base: from `with_new_rows`.
+            base: has the words, see `Concepts`.
             xt: noised latents (N, C, h, w).
             t: timesteps (N,).
             tokens: of the prompts (N, longest).
         """
-        context = functional_call(base.text_encoder, {ROWS: self.rows}, (tokens,)).last_hidden_state
+        frozen = base.text_encoder.get_input_embeddings().weight[: -len(self.rows)]
+        table = torch.cat([frozen, self.rows.to(frozen.dtype)])
+        context = functional_call(base.text_encoder, {TABLE: table}, (tokens,)).last_hidden_state
         condition = {"encoder_hidden_states": context}
         return functional_call(base.unet, self.unet_weights(), (xt, t), condition).sample
 
 
 def learning_loss(learned: nn.Module, base: Base, batch: Batch) -> Tensor:
-    """How far the prediction is off, which only what is learned can mend (Gal et al. 2022, equation 2).
+    """Mean squared error of the prediction (Gal et al. 2022, equation 2).
 
     Args:
         learned: a `Learned`, bare or wrapped.
-        base: from `with_new_rows`.
+        base: has the words, see `Concepts`.
         batch: latents `x0`, noise `eps`, timesteps `t` and `tokens`.
     """
     return diffusion_loss(
@@ -122,49 +186,27 @@ def learning_loss(learned: nn.Module, base: Base, batch: Batch) -> Tensor:
     )
 
 
-class ExampleBatches:
-    """Draws the batches: a share of every one comes from each of several kinds of examples.
+def validation_loss(examples: EncodedExamples, base: Base, batch_size: int) -> Callable[[nn.Module], Tensor]:
+    """A function from a `Learned` to its mean loss on the whole photos, always with the same noise and timesteps.
 
-    Args:
-        kinds: of examples, such as the concept's pictures and its class's.
-        counts: how many of each kind a batch has.
-        T: timesteps of the schedule.
-        seed: of the order in which pictures come.
+    There are too few photos to hold some out. A step's own loss mostly depends on its noise and timesteps.
     """
-
-    def __init__(self, kinds: Sequence[Examples], counts: Sequence[int], T: int, seed: int):
-        self.kinds, self.counts, self.T, self.seed = kinds, counts, T, seed
-
-    def __call__(self, step: int, generator: torch.Generator) -> Batch:
-        taken = []
-        for kind, count in zip(self.kinds, self.counts):
-            if count:
-                index = shuffled_indices(len(kind), self.seed, step * count, count)
-                taken.append(kind.take(index, generator))
-        x0, tokens = (torch.cat(parts) for parts in zip(*taken))
-        t = stratified_timesteps(len(x0), self.T, generator)
-        return {"x0": x0, "tokens": tokens, "t": t, "eps": torch.randn(x0.shape, generator=generator)}
-
-
-def watched(examples: Examples, base: Base, batch_size: int, generator: torch.Generator) -> Callable:
-    """A validation loss: of always the same noise on the whole pictures, at timesteps spread evenly.
-
-    A step's own loss says little, since noise and timestep decide most of it.
-
-    Returns:
-        A function from a `Learned` to its mean loss.
-    """
-    count = len(examples)
     x0 = examples.latents[:, 0].repeat_interleave(WATCHED_TIMES, dim=0)
-    tokens = torch.stack([sentences[0] for sentences in examples.tokens]).repeat_interleave(WATCHED_TIMES, dim=0)
-    t = ((torch.arange(WATCHED_TIMES) + 0.5) / WATCHED_TIMES * base.schedule.T).long().repeat(count)
-    batch = {"x0": x0, "tokens": tokens, "t": t, "eps": torch.randn(x0.shape, generator=generator)}
+    tokens = torch.stack([captions[0] for captions in examples.tokens]).repeat_interleave(WATCHED_TIMES, dim=0)
+    t = ((torch.arange(WATCHED_TIMES) + 0.5) / WATCHED_TIMES * base.schedule.T).long().repeat(len(examples.tokens))
+    batch = {"x0": x0, "tokens": tokens, "t": t, "eps": torch.randn(x0.shape, generator=seeded_generator(0, 3))}
 
     def loss(learned: nn.Module) -> Tensor:
-        parts = []
-        for start in range(0, len(x0), batch_size):
-            part = {name: rows[start : start + batch_size].to(base.device) for name, rows in batch.items()}
-            parts.append(learning_loss(learned, base, part) * len(part["x0"]))
-        return torch.stack(parts).sum() / len(x0)
+        total = 0
+        for rows in torch.arange(len(x0)).split(batch_size):
+            part = {name: tensor[rows].to(base.device) for name, tensor in batch.items()}
+            total += learning_loss(learned, base, part) * len(rows)
+        return total / len(x0)
 
     return loss
+
+
+def draw_samples(base: Base, prompts: Sequence[str], guidance_scale: float, seed: int) -> Tensor:
+    """A grid of a base's pictures of some prompts, always from the same noise: uint8 (3, height, width)."""
+    items = [(prompt, (k,)) for k, prompt in enumerate(prompts)]
+    return grid(draw_prompts(base, items, PromptOptions(STEPS, seed, guidance_scale)), columns=SHOWN)

@@ -1,4 +1,8 @@
-"""Learned words: rows of a text encoder's table for tokens of their own, as files and as a base that knows them."""
+"""Learned words and matrices: their files, and a base that knows them.
+
+A learned word is a token with rows of its own in the text encoder's embedding table (Gal et al. 2022). Custom Diffusion
+(Kumari et al. 2023) also learns the key and value matrices of the U-Net's cross-attention.
+"""
 
 import copy
 import re
@@ -8,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from common.checkpoint import load_tensors, save_tensors
 from common.cli import UserError
@@ -18,35 +23,18 @@ from latent_diffusion.base import Base, vector_tokens
 Words = Mapping[str, Tensor]
 """From a token, such as <new1>, to its vectors: float32 (n, width)."""
 
-# In brackets no token is part of another or of an ordinary prompt, where it would be found too.
+# The brackets keep a token from being found inside another token or an ordinary prompt.
 FORM = re.compile(r"<[^<>\s]+>")
-
-
-def check_token(token: str, tokenizer: CLIPTokenizer, vectors: int = 1) -> None:
-    """Make sure that a tokenizer can take up a token.
-
-    Raises:
-        UserError: it is not written in angle brackets, or the tokenizer has it already, in capitals or not.
-    """
-    if not FORM.fullmatch(token):
-        raise UserError(f"token {token!r}: write it in angle brackets and without spaces, such as <new1>")
-    known = {name.lower() for name in tokenizer.get_vocab()}
-    for name in vector_tokens(token, vectors):
-        if name.lower() in known:
-            raise UserError(f"token {name!r}: exists already; choose another")
+KIND = "CustomDiffusion"
+# How the names of the key and value matrices end: in a U-Net, and in diffusers' Custom Diffusion files.
+MATRICES = {f".attn2.to_{kind}.weight": f".attn2.processor.to_{kind}_custom_diffusion.weight" for kind in ("k", "v")}
 
 
 def check_prompts(tokenizer: CLIPTokenizer, prompts: Iterable[str], token: str = "", mention: str = "") -> None:
-    """Make sure that prompts have a token, and none that would be spelled with pieces since nobody learned it.
-
-    Args:
-        tokenizer: with all learned words.
-        prompts: to look at.
-        token: that all must have; "" for any or none.
-        mention: what the complaint starts with, such as a file's name and a colon.
+    """Check that every prompt has `token`, and no token in angle brackets that the tokenizer does not know.
 
     Raises:
-        UserError: names the prompt and the token.
+        UserError: names the prompt and the token; the line starts with `mention`.
     """
     known = {name.lower() for name in tokenizer.added_tokens_encoder}
     for prompt in prompts:
@@ -60,86 +48,126 @@ def check_prompts(tokenizer: CLIPTokenizer, prompts: Iterable[str], token: str =
 def save_words(path: Path, words: Words, about: Mapping[str, Any]) -> None:
     """Write words as a safetensors file: each token's vectors, float32 (n, width), under the token itself.
 
-    diffusers' `load_textual_inversion` reads the file of one word by its path, and that of several as the list
+    diffusers' `load_textual_inversion` takes the path of a file with one word. For several words give it the list
     `[{token: rows} for token, rows in load_file(path).items()]`.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     save_tensors(path, {token: rows.float() for token, rows in words.items()}, {"kind": "words"} | dict(about))
 
 
-def load_words(path: Path) -> Words:
-    """Read words that `save_words` or diffusers' own training wrote.
+def load_words(*paths: Path) -> Words:
+    """The words in files that `save_words` or diffusers' textual inversion script wrote.
 
     Raises:
-        UserError: the file is missing or broken, or holds anything but words.
+        UserError: a file is missing or broken, or holds anything but words; or two files have the same word.
+    """
+    words = {}
+    for path in paths:
+        tensors, _ = load_tensors(path)
+        others = [name for name, rows in tensors.items() if not FORM.fullmatch(name) or rows.ndim not in (1, 2)]
+        if others or not tensors:
+            what = f"holds {others[0]}, which is no learned word" if others else "holds no words"
+            raise UserError(f"{path}: {what} such as <new1>; name a file that textual_inversion.py wrote")
+        if twice := sorted(words.keys() & tensors.keys()):
+            raise UserError(f"{path}: has {twice[0]}, as an earlier file has; leave one of them out")
+        words |= {token: torch.atleast_2d(rows).float() for token, rows in tensors.items()}
+    return words
+
+
+def matrix_names(unet: UNet2DConditionModel) -> dict[str, str]:
+    """The cross-attention's key and value matrices: from each name in the U-Net to its name in a file."""
+    return {
+        name: name.removesuffix(end) + MATRICES[end]
+        for name, _ in unet.named_parameters()
+        for end in MATRICES
+        if name.endswith(end)
+    }
+
+
+def save_custom(path: Path, base: Base, words: Words, matrices: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write what Custom Diffusion learned as one safetensors file: words under their tokens, and matrices, all float32.
+
+    The file has an empty tensor for every self-attention, since diffusers' `load_attn_procs` wants one. To load it:
+
+        tensors = load_file(path)
+        words = {token: tensors.pop(token) for token in list(tensors) if token.startswith("<")}
+        pipeline.load_textual_inversion([{token: rows} for token, rows in words.items()])
+        pipeline.unet.load_attn_procs(tensors, _pipeline=pipeline)  # diffusers 0.42 ignores the matrices without it
+    """
+    names = matrix_names(base.unet)
+    tensors = {names[name]: matrix.float() for name, matrix in matrices.items()}
+    tensors |= {name: torch.empty(0) for name in base.unet.attn_processors if ".attn1." in name}
+    save_tensors(path, {token: rows.float() for token, rows in words.items()} | tensors, {"kind": KIND} | dict(about))
+
+
+def load_custom(base: Base, path: Path) -> Base:
+    """A base with the words and matrices that `save_custom` wrote; all other weights are shared with the given base.
+
+    Raises:
+        UserError: the file is missing or broken, holds something else, or was made for another base.
     """
     tensors, _ = load_tensors(path)
-    others = [name for name, rows in tensors.items() if not FORM.fullmatch(name) or rows.ndim not in (1, 2)]
-    if others or not tensors:
-        what = f"holds {others[0]}, which is no learned word" if others else "holds no words"
-        raise UserError(f"{path}: {what} such as <new1>; name a file that textual_inversion.py wrote")
-    return {token: torch.atleast_2d(rows).float() for token, rows in tensors.items()}
-
-
-def load_all_words(paths: Sequence[Path]) -> Words:
-    """The words of several files as one.
-
-    Raises:
-        UserError: as `load_words`, or two files have a word of one name.
-    """
-    together = {}
-    for path in paths:
-        words = load_words(path)
-        if twice := sorted(together.keys() & words.keys()):
-            raise UserError(f"{path}: has {twice[0]}, as an earlier file has; leave one of them out")
-        together |= words
-    return together
+    words = {name: torch.atleast_2d(tensors.pop(name)).float() for name in [*tensors] if FORM.fullmatch(name)}
+    names = matrix_names(base.unet)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if len(tensor)}
+    wanted = {stored: tuple(base.unet.get_parameter(name).shape) for name, stored in names.items()}
+    if not any(name.endswith(tuple(MATRICES.values())) for name in shapes):
+        raise UserError(f"{path}: holds no matrices of Custom Diffusion; give learned words as --words")
+    for name in shapes | wanted:
+        if shapes.get(name) != wanted.get(name):
+            here, there = (of.get(name) or "missing" for of in (shapes, wanted))
+            raise UserError(f"{path}: {name}: {here} in the file, {there} in the base; name the base it was made with")
+    matrices = {name: tensors[stored] for name, stored in names.items()}
+    return add_words(replace(base, unet=with_matrices(base.unet, matrices)), words)
 
 
 def with_shared_weights(model: nn.Module) -> Any:
-    """A copy of a model whose modules can be changed, but whose weights are the very same tensors."""
+    """A copy of a model whose modules can be replaced, but whose weights are the very same tensors."""
     weights = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(weight): weight for weight in weights})
 
 
-def with_tokens(base: Base, vectors: Mapping[str, int]) -> CLIPTokenizer:
-    """A copy of a base's tokenizer that has tokens more, for words of so many vectors, numbered on in their order.
-
-    Raises:
-        UserError: see `check_token`; or the table of the base's text encoder has fewer rows than its tokenizer tokens.
-    """
-    tokenizer = copy.deepcopy(base.tokenizer)
-    if (rows := len(base.text_encoder.get_input_embeddings().weight)) < len(tokenizer):
-        raise UserError(f"the base has {rows} rows for {len(tokenizer)} tokens; name another base")
-    for token, count in vectors.items():
-        check_token(token, tokenizer, count)
-        tokenizer.add_tokens(vector_tokens(token, count))
-    return tokenizer
-
-
-def with_table(text_encoder: CLIPTextModel, table: nn.Module, rows: int) -> CLIPTextModel:
-    """A text encoder of the same weights that looks its tokens up in another table of so many rows."""
-    text_encoder = with_shared_weights(text_encoder)
-    text_encoder.set_input_embeddings(table)
-    text_encoder.config.vocab_size = rows
-    return text_encoder
+def with_matrices(unet: UNet2DConditionModel, matrices: Mapping[str, Tensor]) -> UNet2DConditionModel:
+    """A U-Net with other matrices, given by their names in it; all other weights are shared with the given U-Net."""
+    changed = with_shared_weights(unet)
+    for name, matrix in matrices.items():
+        layer, _, kind = name.rpartition(".")
+        matrix = matrix.detach().to(unet.device, unet.dtype)
+        setattr(changed.get_submodule(layer), kind, nn.Parameter(matrix, requires_grad=False))
+    return changed
 
 
 def add_words(base: Base, words: Words) -> Base:
-    """A base that knows these words too; everything else in it is the given base's, which stays as it is.
+    """A base that also knows these words; the given base stays as it is, and shares all other weights.
+
+    Each vector becomes a token, and a row at the end of the embedding table.
 
     Raises:
-        UserError: a word's token exists already or is badly written, or its vectors are not as wide as the base's.
+        UserError: a token is not in angle brackets or exists already (in any case), or its vectors are not as wide as
+            the base's.
     """
-    tokenizer = with_tokens(base, {token: len(rows) for token, rows in words.items()})
-    old = base.text_encoder.get_input_embeddings().weight
+    tokenizer = copy.deepcopy(base.tokenizer)
+    # A table may have more rows than there are tokens; new tokens take their place, as in diffusers.
+    old = base.text_encoder.get_input_embeddings().weight.detach()[: len(tokenizer)]
+    if len(old) < len(tokenizer):
+        raise UserError(f"the base has {len(old)} rows for {len(tokenizer)} tokens; name another base")
+    known = {name.lower() for name in tokenizer.get_vocab()}
     for token, rows in words.items():
+        if not FORM.fullmatch(token):
+            raise UserError(f"token {token!r}: write it in angle brackets and without spaces, such as <new1>")
         if rows.shape[1] != old.shape[1]:
             raise UserError(f"{token}: its vectors are {rows.shape[1]} wide, the base's {old.shape[1]}; name its base")
-    new = [rows.to(old.device, old.dtype) for rows in words.values()]
-    # As diffusers does, rows that a table has beyond its tokens make room.
-    weight = torch.cat([old[: len(base.tokenizer)].detach(), *new])
-    table = nn.Embedding.from_pretrained(weight, freeze=True)
-    return replace(base, tokenizer=tokenizer, text_encoder=with_table(base.text_encoder, table, len(weight)))
+        for name in vector_tokens(token, len(rows)):
+            if name.lower() in known:
+                raise UserError(f"token {name!r}: exists already; choose another")
+            known.add(name.lower())
+            tokenizer.add_tokens(name)
+    text_encoder = with_shared_weights(base.text_encoder)
+    table = torch.cat([old, *(rows.to(old) for rows in words.values())])
+    text_encoder.set_input_embeddings(nn.Embedding.from_pretrained(table))
+    text_encoder.config.vocab_size = len(tokenizer)
+    return replace(base, tokenizer=tokenizer, text_encoder=text_encoder)
+
+
+def with_learned(base: Base, words: Sequence[Path], custom: Path | None = None) -> Base:
+    """A base with the words in some files, and with what Custom Diffusion wrote to another; see `load_words`."""
+    return add_words(load_custom(base, custom) if custom else base, load_words(*words))

@@ -1,19 +1,33 @@
-"""Learned words for a small Stable Diffusion, and a table that asks for pictures of them."""
+"""A small Stable Diffusion, what was learned for it, photos to learn from, and a table that asks for pictures."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from latent_diffusion.base import load_base
-from p3_personalization.custom_diffusion import matrix_names, save_custom
-from p3_personalization.words import Words, save_words
+from latent_diffusion.base import Base, load_base
+from p3_personalization import custom_diffusion, learning
+from p3_personalization.words import Words, matrix_names, save_custom, save_words
 
 TABLE = {
     "0": {"token_name": "<new1>", "prompt": ["<new1> circle", "a <new1> and <new2>"]},
     "1": {"token_name": "<new2>", "prompt": ["a <new2> circle", "gold <new2>"]},
 }
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Nobody looks at what is drawn during training."""
+    monkeypatch.setattr(learning, "STEPS", 2)
+    monkeypatch.setattr(custom_diffusion, "CLASS_STEPS", 2)
+
+
+@pytest.fixture(scope="session")
+def base(pipeline_folder) -> Base:
+    """The small Stable Diffusion; it has 190 tokens, of width 16."""
+    return load_base(pipeline_folder)
 
 
 @pytest.fixture(scope="session")
@@ -31,14 +45,13 @@ def words_file(learned_words, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def custom_file(learned_words, pipeline_folder, tmp_path_factory):
+def custom_file(learned_words, base, tmp_path_factory):
     """A function that writes what Custom Diffusion might learn: these words, and the base's matrices times a factor."""
-    base = load_base(pipeline_folder)
 
     def write(factor: float) -> Path:
         path = tmp_path_factory.mktemp("custom") / "custom.safetensors"
         matrices = {name: base.unet.get_parameter(name) * factor for name in matrix_names(base.unet)}
-        save_custom(path, base, learned_words, matrices, {})
+        save_custom(path, base, learned_words, matrices, {"step": 7})
         return path
 
     return write
@@ -49,3 +62,27 @@ def table(tmp_path) -> Path:
     path = tmp_path / "input.json"
     path.write_text(json.dumps(TABLE))
     return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Two concepts of three flat photos each, one with a caption of its own, and prompts of their class."""
+    folder = tmp_path_factory.mktemp("photos")
+    for concept in range(2):
+        (folder / str(concept)).mkdir()
+        for k in range(3):
+            colour = (200, 40 * k, 0) if concept == 0 else (0, 40 * k, 200)
+            Image.new("RGB", (64, 64), colour).save(folder / str(concept) / f"{k}.png")
+    (folder / "0" / "1.txt").write_text("{} on blue\n")
+    (folder / "class.txt").write_text("red toy\n\n blue toy\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def learning_arguments(photos, pipeline_folder) -> list[str]:
+    """Arguments of a short training on both concepts."""
+    return [
+        *(str(photos / "0"), str(photos / "1"), "--base", str(pipeline_folder), "--initialiser", "r", "--views", "3"),
+        *("--steps", "6", "--batch-size", "4", "--warmup", "1", "--lr", "0.05", "--precision", "fp32"),
+        *("--device", "cpu", "--log-every", "1", "--save-every", "3", "--validate-every", "3", "--sample-every", "6"),
+    ]

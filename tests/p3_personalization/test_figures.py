@@ -13,6 +13,7 @@ from p3_personalization import figures
 from p3_personalization.figures import CUSTOM_DIFFUSION, INVERSION
 
 SIZE = 64
+CELL = SIZE + 2
 PALETTE = {"white": (255, 255, 255), "wine": (120, 8, 56), "petrol": (0, 80, 120)}
 
 
@@ -22,22 +23,16 @@ def scene(*names) -> np.ndarray:
 
 
 @pytest.fixture
-def references(tmp_path):
-    folder = tmp_path / "references"
+def draw(table, words_file, custom_file, pipeline_folder, tmp_path):
+    """A function that runs figures.py and returns what it wrote by name; three photos show each concept's disc."""
+    custom, references = custom_file(-1), tmp_path / "references"
     for number, name in enumerate(("wine", "petrol")):
-        (folder / str(number)).mkdir(parents=True)
+        (references / str(number)).mkdir(parents=True)
         for k in range(3):
-            Image.fromarray(scene(name)).save(folder / str(number) / f"{k}.png")
-    return folder
-
-
-@pytest.fixture
-def draw(table, references, words_file, custom_file, pipeline_folder, tmp_path):
-    """A function that runs figures.py and returns what it wrote by name."""
-    custom = custom_file(-1)
+            Image.fromarray(scene(name)).save(references / str(number) / f"{k}.png")
 
     def run(*flags):
-        fixed = [tmp_path / "out", "--table", table, "--references", references, "--base", pipeline_folder]
+        fixed = ["--out", tmp_path / "out", "--table", table, "--references", references, "--base", pipeline_folder]
         fixed += ["--words", words_file, "--custom", custom, "--steps", 2, "--precision", "fp32"]
         files = figures.main(figures.parse_arguments([str(argument) for argument in [*fixed, *flags]]))
         assert sorted(files) == sorted((tmp_path / "out").iterdir())
@@ -49,51 +44,41 @@ def draw(table, references, words_file, custom_file, pipeline_folder, tmp_path):
     return run
 
 
-def test_views_stand_above_what_each_method_draws(draw, references):
-    picture = draw("--only", "learned")["learned.png"]
-    cell = SIZE + 2
-    assert picture.shape[0] == 24 + 6 * cell + 2  # a title, and three rows for each of two concepts
-    rows = picture[24:, -(5 * cell + 2) :]
+def test_photos_stand_above_what_each_method_draws_and_nothing_is_counted_in_photographs(draw):
+    result = draw("--count", 2, "--prompt", "gold <new2> and <new1>")
+    picture = result["learned.png"]
+    assert picture.shape[0] == 24 + 6 * CELL + 2  # a title, and three rows for each of two concepts
+    rows = picture[24:, -(5 * CELL + 2) :]
     for row, name in ((0, "wine"), (3, "petrol")):
-        first = rows[row * cell + 2 : row * cell + 2 + SIZE, 2 : 2 + SIZE]
+        first = rows[row * CELL + 2 : row * CELL + 2 + SIZE, 2 : 2 + SIZE]
         assert np.array_equal(first, scene(name))
-        assert (
-            rows[row * cell + 2 : (row + 1) * cell, 3 * cell + 2 :] == 255
-        ).all()  # only three pictures to learn from
-    assert not np.array_equal(rows[cell : 2 * cell], rows[2 * cell : 3 * cell])
+        # There are only three photos.
+        assert (rows[row * CELL + 2 : (row + 1) * CELL, 3 * CELL + 2 :] == 255).all()
+    assert not np.array_equal(rows[CELL : 2 * CELL], rows[2 * CELL : 3 * CELL])
+    assert result["both.json"] == {"prompt": "gold <new2> and <new1>", "count": 2, "seed": 0}
+    rows = result["both.png"][24:, -(2 * CELL + 2) :]
+    assert not np.array_equal(rows[:CELL], rows[CELL : 2 * CELL])
 
 
 def test_pictures_that_show_both_are_counted(draw, monkeypatch, capsys):
     calls = []
 
-    def painted(base, prompts, options):
-        calls.append(prompts)
+    def paint(base, items, options):
+        calls.append(items)
         both, one = scene("wine", "petrol"), scene("wine")
-        custom = len(calls) == 2
-        for _, k in prompts:
-            picture = both if custom or k % 5 == 0 else one
-            yield torch.from_numpy(picture).permute(2, 0, 1)
+        pictures = [both if len(calls) == 6 or k % 5 == 0 else one for k in range(len(items))]
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
-    monkeypatch.setattr(figures, "pictures", painted)
-    result = draw("--only", "both", "--count", 20, "--discs")
+    monkeypatch.setattr(figures, "draw_prompts", paint)
+    result = draw("--count", 20, "--discs")
     prompt = "a <new1> next to a <new2>"
-    assert calls == [[(prompt, k) for k in range(20)]] * 2
+    assert calls[4:] == [figures.prompt_items(prompt, 20)] * 2
     assert result["both.json"] == {"prompt": prompt, "count": 20, "seed": 0, INVERSION: 0.2, CUSTOM_DIFFUSION: 1.0}
     assert "textual inversion: 20% of 20 pictures show both" in capsys.readouterr().out
-    cell = SIZE + 2
-    assert result["both.png"].shape[0] == 24 + 2 * cell + 2
-    rows = result["both.png"][24:, -(8 * cell + 2) :]
+    assert result["both.png"].shape[0] == 24 + 2 * CELL + 2
+    rows = result["both.png"][24:, -(8 * CELL + 2) :]
     assert np.array_equal(rows[2 : 2 + SIZE, 2 : 2 + SIZE], scene("wine", "petrol"))
-    assert np.array_equal(rows[2 : 2 + SIZE, cell + 2 : cell + 2 + SIZE], scene("wine"))
-
-
-def test_nothing_is_counted_in_photographs(draw):
-    result = draw("--count", 2, "--prompt", "gold <new2> and <new1>")
-    assert sorted(result) == ["both.json", "both.png", "learned.png"]
-    assert result["both.json"] == {"prompt": "gold <new2> and <new1>", "count": 2, "seed": 0}
-    cell = SIZE + 2
-    rows = result["both.png"][24:, -(2 * cell + 2) :]
-    assert not np.array_equal(rows[:cell], rows[cell : 2 * cell])
+    assert np.array_equal(rows[2 : 2 + SIZE, CELL + 2 : CELL + 2 + SIZE], scene("wine"))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +86,7 @@ def test_nothing_is_counted_in_photographs(draw):
     [
         (["--prompt", "a <new1> circle"], "--prompt: prompt 'a <new1> circle': is without <new2>"),
         (["--prompt", "<new1> <new2> <new3>"], "<new3> is no learned word"),
-        (["--count", "0"], "--count 0: starts at 1"),
+        (["--count", "0"], "--count 0: must be at least 1"),
         (["--references", "absent"], "absent/0: holds no pictures of the concept"),
     ],
 )
@@ -114,5 +99,5 @@ def test_bad_arguments_are_one_clear_line(draw, tmp_path, flags, words):
 
 def test_one_concept_makes_no_pair(draw, table):
     table.write_text(json.dumps({"0": {"token_name": "<new1>", "prompt": ["<new1>"]}}))
-    with pytest.raises(UserError, match="has one concept; two are needed"):
+    with pytest.raises(UserError, match=r"has one concept; both\.png needs two"):
         draw()

@@ -1,4 +1,4 @@
-"""Learned words: read by diffusers, refused when they do not fit, and without a trace in prompts that lack them."""
+"""Learned words and matrices: as diffusers reads them, without a trace in prompts that lack them, or refused."""
 
 import shutil
 from dataclasses import replace
@@ -9,17 +9,18 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from common.checkpoint import load_about
 from common.cli import UserError
 from latent_diffusion.base import load_base, load_part, quiet
 from latent_diffusion.files import SD_V1, read_config
-from latent_diffusion.saving import save_base
 from p3_personalization.words import (
     add_words,
     check_prompts,
-    check_token,
-    load_all_words,
+    load_custom,
     load_words,
+    matrix_names,
     save_words,
+    with_learned,
 )
 
 PROMPTS = ["a <new1> circle", "<new2>", "red", "<new1> and <new2> with gray background"]
@@ -28,16 +29,6 @@ PROMPTS = ["a <new1> circle", "<new2>", "red", "<new1> and <new2> with gray back
 def random_words(width, **vectors):
     generator = torch.Generator().manual_seed(0)
     return {f"<{name}>": torch.randn(count, width, generator=generator) for name, count in vectors.items()}
-
-
-@pytest.fixture(scope="module")
-def base(pipeline_folder):
-    return load_base(pipeline_folder)
-
-
-@pytest.fixture
-def words():
-    return random_words(16, new1=3, new2=1)
 
 
 def contexts_of_diffusers(base, path, prompts):
@@ -52,30 +43,14 @@ def contexts_of_diffusers(base, path, prompts):
             return pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=False)[0]
 
 
-def test_words_come_back_as_they_were_saved(words, tmp_path):
-    path = tmp_path / "deep" / "words.safetensors"
-    save_words(path, words, {"steps": 7})
-    loaded = load_words(path)
-    assert list(loaded) == ["<new1>", "<new2>"]
-    assert all(torch.equal(loaded[token], rows) for token, rows in words.items())
-    assert [item.name for item in path.parent.iterdir()] == ["words.safetensors"]
-
-
-def test_diffusers_reads_them_and_gives_the_same_contexts(pipeline_folder, words, tmp_path):
-    path = tmp_path / "words.safetensors"
-    save_words(path, words, {})
-    theirs = contexts_of_diffusers(load_base(pipeline_folder), path, PROMPTS)
-    ours = add_words(load_base(pipeline_folder), load_words(path)).encode_prompts(PROMPTS)
+def test_diffusers_reads_them_and_gives_the_same_contexts(pipeline_folder, words_file, learned_words):
+    assert {token: rows.tolist() for token, rows in load_words(words_file).items()} == {
+        token: rows.tolist() for token, rows in learned_words.items()
+    }
+    theirs = contexts_of_diffusers(load_base(pipeline_folder), words_file, PROMPTS)
+    ours = add_words(load_base(pipeline_folder), load_words(words_file)).encode_prompts(PROMPTS)
     assert (ours - theirs).abs().max() <= 1e-6
     assert (ours[0] - ours[1]).abs().max() > 0.1
-
-
-def test_diffusers_reads_the_file_of_one_word_by_its_path(pipeline_folder, tmp_path):
-    save_words(tmp_path / "words.safetensors", random_words(16, new1=2), {})
-    with quiet():
-        pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, local_files_only=True)
-        pipeline.load_textual_inversion(tmp_path, weight_name="words.safetensors")
-    assert pipeline.tokenizer.convert_tokens_to_ids(["<new1>", "<new1>_1"]) == [190, 191]
 
 
 def test_words_of_diffusers_training_are_read(tmp_path):
@@ -101,82 +76,64 @@ def test_the_full_size_text_encoder_gives_the_same_contexts(base, tmp_path):
     assert (ours - contexts_of_diffusers(full, path, PROMPTS)).abs().max() <= 1e-5
 
 
-def test_old_rows_and_prompts_without_the_words_are_untouched(pipeline_folder, words):
+def test_all_else_is_shared_and_the_given_base_stays_as_it_is(pipeline_folder, learned_words):
     base = load_base(pipeline_folder)
     before = {name: tensor.clone() for name, tensor in base.text_encoder.state_dict().items()}
     old = base.encode_prompts(PROMPTS)
-    extended = add_words(base, words)
+    extended = add_words(base, learned_words)
     table = extended.text_encoder.get_input_embeddings().weight
-    assert table.shape == (194, 16)
     assert torch.equal(table[:190], base.text_encoder.get_input_embeddings().weight)
-    assert torch.equal(table[190:], torch.cat([*words.values()]))
+    assert torch.equal(table[190:], torch.cat([*learned_words.values()]))
     assert not table.requires_grad
     assert torch.equal(extended.encode_prompts(["red", ""]), base.encode_prompts(["red", ""]))
-    # The base that was given still knows nothing of them.
-    assert torch.equal(base.encode_prompts(PROMPTS), old)
-    assert len(base.tokenizer) == 190
-    assert base.text_encoder.config.vocab_size == 190
-    after = base.text_encoder.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-
-
-def test_all_other_weights_are_shared(base, words):
-    extended = add_words(base, words)
     theirs = dict(base.text_encoder.named_parameters())
     shared = [name for name, parameter in extended.text_encoder.named_parameters() if parameter is theirs[name]]
     assert len(shared) == len(theirs) - 1
     assert (extended.unet, extended.vae) == (base.unet, base.vae)
+    # The base that was given still knows nothing of them.
+    assert torch.equal(base.encode_prompts(PROMPTS), old)
+    assert (len(base.tokenizer), base.text_encoder.config.vocab_size) == (190, 190)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.text_encoder.state_dict().items())
 
 
-def test_words_can_be_added_one_after_the_other_and_in_the_bases_dtype(pipeline_folder, words):
+def test_words_can_be_added_one_after_the_other_and_in_the_bases_dtype(pipeline_folder, learned_words):
     base = load_base(pipeline_folder, dtype=torch.bfloat16)
-    once, twice = add_words(base, words), base
-    for token, rows in words.items():
+    once, twice = add_words(base, learned_words), base
+    for token, rows in learned_words.items():
         twice = add_words(twice, {token: rows})
     assert once.encode_prompts(PROMPTS).dtype == torch.bfloat16
     assert torch.equal(once.encode_prompts(PROMPTS), twice.encode_prompts(PROMPTS))
 
 
-def test_a_base_with_words_can_be_saved_and_loaded(pipeline_folder, words, tmp_path):
-    extended = add_words(load_base(pipeline_folder), words)
-    save_base(tmp_path / "base", extended)
-    again = load_base(tmp_path / "base")
-    assert (again.encode_prompts(PROMPTS) - extended.encode_prompts(PROMPTS)).abs().max() <= 0.01
-
-
 @pytest.mark.parametrize(
-    ("token", "vectors", "complaint"),
+    ("token", "shape", "complaint"),
     [
-        ("red", 1, "token 'red': write it in angle brackets"),
-        ("<new 1>", 1, "token '<new 1>': write it in angle brackets"),
-        ("<old>", 1, "token '<old>': exists already; choose another"),
-        ("<OLD>", 1, "token '<OLD>': exists already; choose another"),
-        ("<|endoftext|>", 1, "token '<|endoftext|>': exists already; choose another"),
-        ("<few>", 2, "token '<few>_1': exists already; choose another"),
+        ("red", (1, 16), "token 'red': write it in angle brackets"),
+        ("<new 1>", (1, 16), "token '<new 1>': write it in angle brackets"),
+        ("<old>", (1, 16), "token '<old>': exists already; choose another"),
+        ("<OLD>", (1, 16), "token '<OLD>': exists already; choose another"),
+        ("<|endoftext|>", (1, 16), "token '<|endoftext|>': exists already; choose another"),
+        ("<few>", (2, 16), "token '<few>_1': exists already; choose another"),
+        ("<new1>", (2, 12), "<new1>: its vectors are 12 wide, the base's 16; name its base"),
     ],
 )
-def test_tokens_that_cannot_be_taken_are_refused(base, token, vectors, complaint):
-    tokenizer = add_words(base, {"<old>": torch.zeros(1, 16)}).tokenizer
-    tokenizer.add_tokens("<few>_1")
-    check_token("<new1>", tokenizer, vectors)
+def test_words_that_cannot_be_added_are_refused(base, token, shape, complaint):
+    known = add_words(base, {"<old>": torch.zeros(1, 16)})
+    known.tokenizer.add_tokens("<few>_1")
+    known.text_encoder.resize_token_embeddings(192)
     with pytest.raises(UserError) as caught:
-        check_token(token, tokenizer, vectors)
+        add_words(known, {token: torch.zeros(shape)})
     assert str(caught.value).startswith(complaint)
 
 
-def test_words_of_another_width_are_refused(base):
-    with pytest.raises(UserError, match=r"^<new1>: its vectors are 12 wide, the base's 16; name its base$"):
-        add_words(base, {"<new1>": torch.zeros(2, 12)})
-
-
-def test_a_base_with_too_small_a_table_is_refused(base, words):
+def test_a_base_with_too_small_a_table_is_refused(base, learned_words):
     tokenizer = add_words(base, {"<old>": torch.zeros(1, 16)}).tokenizer
     with pytest.raises(UserError, match="the base has 190 rows for 191 tokens"):
-        add_words(replace(base, tokenizer=tokenizer), words)
+        add_words(replace(base, tokenizer=tokenizer), learned_words)
 
 
-def test_prompts_must_have_the_token_and_no_unknown_one(base, words):
-    tokenizer = add_words(base, words).tokenizer
+def test_prompts_must_have_the_token_and_no_unknown_one(base, learned_words):
+    tokenizer = add_words(base, learned_words).tokenizer
     check_prompts(tokenizer, ["a <new1> and a <NEW2>", "<New1>"], "<new1>")
     check_prompts(tokenizer, ["red", "1 < 2 and 3 > 2", "<new2>"])
     with pytest.raises(UserError, match=r"^input\.json: prompt 'a dog': is without <new1>; write the token into it$"):
@@ -189,10 +146,10 @@ def test_words_of_several_files_are_put_together(tmp_path):
     one, two = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
     save_words(one, random_words(16, new1=1), {})
     save_words(two, random_words(16, new2=2), {})
-    assert list(load_all_words([one, two])) == ["<new1>", "<new2>"]
+    assert list(load_words(one, two)) == ["<new1>", "<new2>"]
     shutil.copy(one, two)
     with pytest.raises(UserError, match=f"^{two}: has <new1>, as an earlier file has"):
-        load_all_words([one, two])
+        load_words(one, two)
 
 
 @pytest.mark.parametrize(
@@ -209,3 +166,72 @@ def test_files_of_something_else_are_refused(tmp_path, tensors, complaint):
         load_words(path)
     with pytest.raises(UserError, match="no such weights file"):
         load_words(tmp_path / "none.safetensors")
+
+
+def test_the_matrices_are_all_keys_and_values_of_the_context(base):
+    crossed = [name.removesuffix(".processor") for name in base.unet.attn_processors if "attn2" in name]
+    assert sorted(matrix_names(base.unet)) == sorted(f"{name}.to_{kind}.weight" for name in crossed for kind in "kv")
+
+
+def test_a_base_gets_matrices_and_shares_the_rest(pipeline_folder, custom_file, learned_words):
+    base = load_base(pipeline_folder, dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
+    path = custom_file(3)
+    loaded = with_learned(base, [], path)
+    for name, parameter in loaded.unet.named_parameters():
+        changed = name in matrix_names(base.unet)
+        assert (parameter is base.unet.get_parameter(name)) != changed
+        assert (parameter - before[name] * (3 if changed else 1)).abs().max() <= 0.02 * before[name].abs().max()
+        assert not parameter.requires_grad
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.unet.state_dict().items())
+    table = loaded.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table[190:], torch.cat([*learned_words.values()]).bfloat16())
+    assert load_about(path) == {"kind": "CustomDiffusion", "step": 7}
+
+
+def test_diffusers_reads_matrices_and_predicts_the_same(pipeline_folder, base, custom_file):
+    with quiet():
+        pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, local_files_only=True)
+        tensors = load_file(custom_file(-2))
+        words = {token: tensors.pop(token) for token in list(tensors) if token.startswith("<")}
+        pipeline.load_textual_inversion([{token: rows} for token, rows in words.items()])
+        pipeline.unet.load_attn_procs(tensors, _pipeline=pipeline)
+    loaded = load_custom(base, custom_file(-2))
+    contexts = loaded.encode_prompts(PROMPTS[:2])
+    xt = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs_contexts = pipeline.encode_prompt(PROMPTS[:2], "cpu", 1, do_classifier_free_guidance=False)[0]
+        theirs, ours, plain = (unet(xt, 500, contexts).sample for unet in (pipeline.unet, loaded.unet, base.unet))
+    assert (contexts - theirs_contexts).abs().max() <= 1e-6
+    assert (ours - theirs).abs().max() <= 1e-5
+    assert (ours - plain).abs().max() > 1e-2
+
+
+def without(name):
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if name not in key}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (without("custom_diffusion"), "holds no matrices of Custom Diffusion; give learned words as --words"),
+        (
+            without("up_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_k"),
+            ": missing in the file, (16, 16) in the base",
+        ),
+        (
+            lambda t: {name: torch.cat([x, x]) for name, x in t.items()},
+            "(32, 16) in the file, (16, 16) in the base; name the base",
+        ),
+        (lambda t: t | {"conv_in.weight": torch.ones(2)}, "conv_in.weight: (2,) in the file, missing in the base"),
+        (lambda t: t | {"red": torch.ones(1, 16)}, "red: (1, 16) in the file, missing in the base"),
+        (lambda t: t | {"<new1>": torch.ones(1, 15)}, "<new1>: its vectors are 15 wide, the base's 16"),
+    ],
+)
+def test_matrices_that_do_not_fit_are_refused(base, custom_file, spoil, complaint):
+    path = custom_file(1)
+    save_file(spoil(load_file(path)), path)
+    with pytest.raises(UserError) as caught:
+        load_custom(base, path)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,156 @@
+"""Photos of a concept: read with their captions, encoded once in several views, and drawn from in batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.cli import UserError
+from common.data import IMAGE_SUFFIXES, Batch, read_folder_images, shuffled_indices, stratified_timesteps, to_unit_range
+from common.runtime import seeded_generator
+from latent_diffusion.base import Base, prompt_tokens
+from p3_personalization.words import check_prompts
+
+Photo = tuple[Tensor, list[str]]
+"""An image, uint8 (3, size, size), and its captions; training takes one of them at a time."""
+
+ENCODED_AT_ONCE = 8
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files directly in a folder, in the order of their names; none if there is no such folder."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, each a caption or a prompt.
+
+    Raises:
+        UserError: the file cannot be read, or has none.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a readable text file ({error}); save it as UTF-8, with a sentence a line"
+        ) from None
+    if not lines:
+        raise UserError(f"{path}: is empty; write a sentence a line, or remove the file")
+    return lines
+
+
+def fill_in(templates: Sequence[str], token: str, mention: str) -> list[str]:
+    """The templates with a token in the place of {}; an error's line starts with `mention`."""
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(f"{mention}{template!r}: has no {{}}; write {{}} where the token {token} goes")
+    return [template.replace("{}", token) for template in templates]
+
+
+def read_photos(folder: Path, token: str, size: int, templates: Sequence[str]) -> list[Photo]:
+    """Read the photos of one concept and their captions.
+
+    Args:
+        folder: holds the photos. A .txt of the same name has captions for one photo, a `templates.txt` those for all
+            photos without a .txt of their own.
+        token: stands for the concept in the captions.
+        size: side to crop and resize to, in pixels.
+        templates: captions with {} for the token, for photos that have neither file.
+
+    Raises:
+        UserError: the folder is missing or has no photos, a photo is broken, or a caption has no {}.
+    """
+    found = read_folder_images(folder, size)
+
+    def captions(file: Path, otherwise: list[str]) -> list[str]:
+        return fill_in(read_lines(file), token, f"{file}: ") if file.is_file() else otherwise
+
+    general = captions(folder / "templates.txt", fill_in(templates, token, "template "))
+    own = [captions((folder / name).with_suffix(".txt"), general) for name in found.names]
+    return [*zip(found.images, own)]
+
+
+def views(image: Tensor, count: int, smallest: float, flip: bool, generator: torch.Generator) -> Tensor:
+    """An image and `count` - 1 random square crops of it, resized to its size: float (count, 3, size, size).
+
+    Args:
+        image: float (3, size, size).
+        count: views in all.
+        smallest: side of the smallest crop, 0 to 1 of the image's.
+        flip: mirror about every other crop.
+        generator: the only source of randomness.
+    """
+    size, parts = image.shape[-1], [image]
+    for scale, x, y, mirror in torch.rand(count - 1, 4, generator=generator).tolist():
+        side = round(size * (smallest + (1 - smallest) * scale))
+        left, top = round(x * (size - side)), round(y * (size - side))
+        part = image[:, top : top + side, left : left + side]
+        if side != size:
+            part = F.interpolate(part[None], (size, size), mode="bilinear", antialias=True)[0]
+        parts.append(part.flip(-1) if flip and mirror < 0.5 else part)
+    return torch.stack(parts)
+
+
+@dataclass(frozen=True)
+class EncodedExamples:
+    """Training examples: the latents of each photo's views, and the tokens of its captions.
+
+    Attributes:
+        latents: float32 (N, views, C, h, w) on the CPU.
+        tokens: for each photo int64 (captions, longest).
+    """
+
+    latents: Tensor
+    tokens: list[Tensor]
+
+    def take(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The photos at these positions, each in a random view and with a random caption: latents and tokens."""
+        view, caption = torch.rand(2, len(index), generator=generator, dtype=torch.float64)
+        latents = self.latents[index, (view * self.latents.shape[1]).long()]
+        tokens = [self.tokens[k][int(u * len(self.tokens[k]))] for k, u in zip(index.tolist(), caption.tolist())]
+        return latents, torch.stack(tokens)
+
+
+def encode(base: Base, photos: Sequence[Photo], count: int, smallest: float, flip: bool, seed: int) -> EncodedExamples:
+    """Encode every photo in several views, and the tokens of its captions.
+
+    Args:
+        base: encodes; a `UserError` if its tokenizer lacks a word of a caption.
+        photos: with their captions.
+        count, smallest, flip: see `views`.
+        seed: of the views.
+    """
+    latents, tokens = [], []
+    for k, (image, captions) in enumerate(photos):
+        check_prompts(base.tokenizer, captions)
+        parts = views(to_unit_range(image), count, smallest, flip, seeded_generator(seed, 8, k)).split(ENCODED_AT_ONCE)
+        latents.append(torch.cat([base.encode_images(part).float().cpu() for part in parts]))
+        tokens.append(prompt_tokens(base.tokenizer, captions))
+    return EncodedExamples(torch.stack(latents), tokens)
+
+
+class ExampleBatches:
+    """Draws the batches: a fixed number of each kind of examples.
+
+    Args:
+        kinds: such as the concepts' examples and those of their class.
+        counts: how many of each kind a batch has.
+        T: timesteps of the schedule.
+        seed: of the order in which photos come.
+    """
+
+    def __init__(self, kinds: Sequence[EncodedExamples], counts: Sequence[int], T: int, seed: int):
+        self.kinds, self.counts, self.T, self.seed = kinds, counts, T, seed
+
+    def __call__(self, step: int, generator: torch.Generator) -> Batch:
+        taken = []
+        for kind, count in zip(self.kinds, self.counts):
+            index = shuffled_indices(len(kind.tokens), self.seed, step * count, count)
+            taken.append(kind.take(index, generator))
+        x0, tokens = (torch.cat(parts) for parts in zip(*taken))
+        t = stratified_timesteps(len(x0), self.T, generator)
+        return {"x0": x0, "tokens": tokens, "t": t, "eps": torch.randn(x0.shape, generator=generator)}
