@@ -34,12 +34,12 @@ def check_prompts(tokenizer: CLIPTokenizer, prompts: Iterable[str], token: str =
     """Check that every prompt has `token`, and no token in angle brackets that the tokenizer does not know.
 
     Raises:
-        UserError: names the prompt and the token; the line starts with `mention`.
+        UserError: one does not; `mention` starts the line.
     """
     known = {name.lower() for name in tokenizer.added_tokens_encoder}
     for prompt in prompts:
         if token.lower() not in prompt.lower():
-            raise UserError(f"{mention}prompt {prompt!r}: is without {token}; write the token into it")
+            raise UserError(f"{mention}prompt {prompt!r}: lacks {token}; write it into the prompt")
         for found in FORM.findall(prompt):
             if found.lower() not in known:
                 raise UserError(f"{mention}prompt {prompt!r}: {found} is no learned word; learn it, or give its file")
