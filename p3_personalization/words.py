@@ -108,7 +108,7 @@ def load_custom(base: Base, path: Path) -> Base:
     tensors, _ = load_tensors(path)
     words = {name: torch.atleast_2d(tensors.pop(name)).float() for name in [*tensors] if FORM.fullmatch(name)}
     names = matrix_names(base.unet)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if len(tensor)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.numel()}
     wanted = {stored: tuple(base.unet.get_parameter(name).shape) for name, stored in names.items()}
     if not any(name.endswith(tuple(MATRICES.values())) for name in shapes):
         raise UserError(f"{path}: holds no matrices of Custom Diffusion; give learned words as --words")
