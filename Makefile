@@ -17,7 +17,7 @@ demo: setup
 	$$PYTHON p2_ddim/evaluate.py outputs/p2 p2_ddim/examples/GT; \
 	$$PYTHON p2_ddim/figures.py --only eta strips; \
 	bash hw2_3.sh; \
-	$$PYTHON p3_controlnet/figures.py --out outputs/p3_figures; \
+	$$PYTHON p3_controlnet/figures.py outputs/p3_figures; \
 	bash hw2_3_2024.sh; \
 	$$PYTHON p3_personalization/figures.py; \
 	echo "P1 digits:  $$PWD/outputs/p1"; \
@@ -35,7 +35,7 @@ lint: setup
 	$(IN_ROOT) .venv/bin/python -m ruff check .; .venv/bin/python -m ruff format --check .
 
 bench: setup
-	$(IN_ROOT) for problem in p1 p2 p3; do .venv/bin/python benchmarks/$$problem.py; done
+	$(IN_ROOT) for problem in p1 p2 p3; do .venv/bin/python benchmarks/speed.py $$problem; done
 
 # make report P1_WEIGHTS=... shows a student's own; the names are those of the flags of docs/report/make.py.
 report: setup

@@ -1,52 +1,99 @@
-"""The benchmarks run, and their peers do the work they are said to do."""
+"""The speed program: peers do the work they are said to do, and every figure is there."""
 
+import json
+from time import sleep
+
+import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import p1
-from benchmarks.peers import PlainContextUNet, plain_steps
+from benchmarks import peers, speed
+from common.checkpoint import save_tensors
+from common.images import to_uint8
 from common.sampling import draw
+from p1_ddpm.digits import wanted_digits
+from p1_ddpm.model import ContextUNet
+from p1_ddpm.sample import DigitOptions, DigitSampler
+from p2_ddim.model import COURSE, FaceUNet, FaceUNetConfig
+from p2_ddim.noise import random_noises
+from p2_ddim.sampler import DDIMOptions, FaceSampler
+
+SMALL = FaceUNetConfig(widths=(8, 16), blocks=1, attention=(False, True), embedding=16)
 
 
-def test_the_plain_peer_has_the_published_size_and_takes_its_steps():
-    with torch.device("meta"):
-        assert round(sum(p.numel() for p in PlainContextUNet().parameters()) / 1e6) == 26
+def call(*arguments):
+    return speed.main(speed.parse_arguments([str(argument) for argument in arguments]))
+
+
+@pytest.fixture
+def faces(tmp_path):
+    """A small face network of random weights that predicts v."""
     torch.manual_seed(0)
-    small = PlainContextUNet(width=16).eval()
-    start = torch.randn(2, 3, 28, 28)
-    moved = plain_steps(small, start, torch.tensor([3, 19]), 2.0, 2)
-    assert moved.shape == start.shape
-    assert moved.isfinite().all()
-    assert not torch.equal(moved, start)
+    network = peers.StandIn(FaceUNet(SMALL)).network
+    facts = COURSE | {"config": SMALL.__dict__, "prediction": "v", "image_size": 16}
+    save_tensors(tmp_path / "faces.safetensors", network.state_dict(), facts)
+    return tmp_path / "faces.safetensors"
 
 
-def test_diffusers_draws_our_pictures_from_the_same_noise(tiny_digit_weights):
+def test_works_take_turns_and_the_median_counts():
+    order, naps = [], iter([0.3, 0.0, 0.1, 0.0, 0.2, 0.0, 0.5, 0.0])
+
+    def work(name):
+        order.append(name)
+        sleep(next(naps))
+        return len(order)
+
+    seconds, results = speed.time_in_turn({name: lambda name=name: work(name) for name in "ab"}, repeats=3)
+    assert order == [*"abababab"]
+    assert results == {"a": 7, "b": 8}
+    assert seconds["b"] < 0.1 < 0.2 <= seconds["a"] < 0.5
+
+
+def test_the_plain_digits_have_a_network_of_the_published_size():
+    """Pearce's for 28x28 colour images: 26.3 million parameters, 10.99 GFLOP a pass."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as flops:
+        model, zero = ContextUNet(peers.PLAIN_NETWORK), torch.zeros(1, dtype=torch.long)
+        model(torch.zeros(1, 3, 28, 28), zero, zero)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(26.3e6, rel=0.05)
+    assert flops.get_total_flops() == pytest.approx(10.99e9, rel=0.05)
+
+
+def test_diffusers_draws_our_digits(tiny_digit_weights):
     """Same network, noise and number of steps: without clipping, the two samplers are one algorithm."""
-    sampler = p1.DigitSampler(tiny_digit_weights, torch.device("cpu"), "fp32")
-    digits = p1.wanted_digits(sampler.domains, "2025", [0, 1], 2)
-    options = {"sampler": "dpm-solver++", "steps": 6, "eta": 0.0, "guidance_scale": 2.0, "guidance_interval": (0, 1000)}
-    steps = sampler.steps(digits, 0, options) | {"clip_x0": False}
-    ours = p1.to_uint8(draw(**steps).clamp(-1, 1)).int()
-    theirs = p1.diffusers_images(sampler, digits, options, 0).int()
-    assert (ours - theirs).abs().max() <= 1
+    sampler = DigitSampler(tiny_digit_weights, "cpu", "fp32")
+    digits, options = wanted_digits(sampler.domains, "2025", [0, 1], 2), DigitOptions(steps=6, guidance_scale=2.0)
+    denoise, xt = peers.digit_denoiser(sampler, digits, 2.0), sampler.noise(digits, options)
+    ours = to_uint8(draw(denoise, sampler.schedule, xt, sampler.schedule.timesteps(6), "dpm-solver++").clamp(-1, 1))
+    assert (ours.int() - peers.draw_digits(sampler, digits, options).int()).abs().max() <= 1
 
 
-def test_the_benchmark_reports_every_figure(tiny_digit_weights, tmp_path):
-    flags = [
-        "--weights",
-        str(tiny_digit_weights),
-        "--images",
-        "2",
-        "--repeats",
-        "1",
-        "--steps",
-        "2",
-        "--peer-steps",
-        "1",
-    ]
-    args = p1.parse_arguments([*flags, "--training-batch", "4", "--json", str(tmp_path / "p1.json")])
-    figures = p1.main(args)
-    assert set(figures["diffusers_seconds"]) == {"ddpm", "dpm-solver++"}
-    assert figures["plain_peer"]["seconds_scaled"] > figures["ours_seconds"] > 0
-    assert 0 < figures["utilisation"]["share"] < 1
-    assert figures["training"]["step_ratio"] > 0
-    assert (tmp_path / "p1.json").exists()
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_both_peers_draw_our_faces(prediction):
+    torch.manual_seed(0)
+    network, about = peers.StandIn(FaceUNet(SMALL)).eval(), COURSE | {"prediction": prediction, "image_size": 8}
+    noises, options = random_noises(3, (3, 8, 8), seed=0), DDIMOptions(steps=8)
+    sampler = FaceSampler(network, about, torch.device("cpu"))
+    ours = sampler.pictures(noises, options).int()
+    loop = torch.cat([peers.draw_plainly(network, about, noise.xt[None], 8) for noise in noises]).int()
+    assert ours.float().std() > 20
+    assert (ours - loop).abs().max() <= 1
+    assert (ours - peers.draw_faces(sampler, noises, options).int()).abs().max() <= 1
+
+
+def test_every_figure_is_there(tiny_digit_weights, faces, tmp_path):
+    flags = ["--images", 2, "--steps", 2, "--batch-size", 4, "--precision", "fp32", "--repeats", 1]
+    digits = call("p1", "--weights", tiny_digit_weights, *flags, "--json", tmp_path / "p1.json")
+    assert json.loads((tmp_path / "p1.json").read_text()) == digits
+    assert len(digits["training_seconds"]) == 4
+    drawn = call("p2", "--weights", faces, *flags)
+    assert max(difference["mean_square"] for difference in drawn["difference"].values()) < 0.1
+    for figures in (digits, drawn):
+        assert figures["times_ours"].keys() == {"ours", "diffusers", "plain"}
+        assert 0 < figures["share_of_matrix_product"] < 1
+        assert figures["peak_memory_gib"] > 0
+
+
+@pytest.mark.parametrize("flags", [("--images", "0"), ("--loop-images", "11"), ("--size", "15")])
+def test_a_mistake_gives_one_line(faces, flags, refusal):
+    line = refusal(speed.main, speed.parse_arguments(["p2", "--weights", str(faces), *flags]))
+    assert line.startswith(" ".join(flags))
