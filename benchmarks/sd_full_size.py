@@ -1,59 +1,83 @@
-"""Problem 3 at the size of the real Stable Diffusion v1: what the grader's command and a training step cost here.
+"""Time and peak memory of problem 3 at the size of the real Stable Diffusion v1.
 
-    python benchmarks/make_sd_like.py /tmp/sd-v1-4-like.ckpt
     python benchmarks/sd_full_size.py /tmp/sd-v1-4-like.ckpt
 
 Draws one picture with `hw2_3.sh` twice, the second time from the converted copy that the first one left, and takes one
-training step, with checkpointing and without. Each is a process of its own, whose time and peak memory are told.
+training step, with gradient checkpointing and without. Each runs in a process of its own. If the checkpoint is not
+there, it is written first: 4.3 GB of random weights with the names and sizes of the published sd-v1-4.ckpt, which load
+and draw in the same time and memory.
 """
 
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import make_sd_like
-from common.cli import Parser, UserError, add_json_argument, check_json, run, say, write_json
+import torch
+from torch import Tensor
+
+from common.checkpoint import save_tensors, write_atomically
+from common.cli import Parser, UserError, add_json_argument, check_json, progress, run, say, write_json
 from common.runtime import PRECISIONS
+from common.schedule import NoiseSchedule
+from latent_diffusion.files import PUBLISHED
 from p3_controlnet import fill50k
 
 ROOT = Path(__file__).resolve().parent.parent
+STEPS = 2  # of the reverse process
 PAIRS = 11  # train.py holds one of so many out
 
 
-def peak_resident(pid: int) -> int:
-    """The most memory a running process has had so far, in bytes; 0 when it has just ended.
+def random_weights(shapes: Mapping[str, Sequence[int]], seed: int = 6) -> dict[str, Tensor]:
+    """Weights of these names and shapes under which activations neither vanish nor overflow; float32.
 
-    What wait4 tells is no use: a new process starts with its parent's peak.
+    A matrix or convolution keeps the variance of its input, a norm's weights are near 1, and biases near 0.
     """
-    status = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name, shape in progress(list(shapes.items()), "weights", "tensor"):
+        if name.endswith("position_ids"):
+            state[name] = torch.arange(shape[-1])[None]
+            continue
+        tensor = torch.randn(tuple(shape), generator=generator)
+        if len(shape) == 1:
+            state[name] = tensor.mul_(0.1).add_(float(name.endswith(".weight")))  # only norms have such weights
+        else:
+            state[name] = tensor.div_(tensor[0].numel() ** 0.5)
+    return state
 
 
-def measured(command: Sequence[object]) -> tuple[dict[str, float], str]:
-    """Run a command; its seconds and peak memory (GB, resident), and what it printed.
+def write_like(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Write random weights in the form of the published file, with what else its training left there."""
+    schedule = NoiseSchedule("scaled-linear", beta_start=0.00085, beta_end=0.012)
+    buffers = {"betas": schedule.betas.float(), "alphas_cumprod": schedule.alphas_cumprod.float()}
+    content = {"epoch": 13, "global_step": 470_000, "state_dict": buffers | random_weights(shapes)}
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    say(f"{path}: {path.stat().st_size / 1e9:.2f} GB of random weights")
+
+
+def measure(command: Sequence[object]) -> tuple[dict[str, float], str]:
+    """Run a command; its seconds and peak memory (resident, GB), and its output.
 
     Raises:
         UserError: it failed.
     """
-    say(shlex.join(map(str, command)))
-    environment = os.environ | {"PYTHON": sys.executable}
     with tempfile.TemporaryFile("w+") as output:
-        started = perf_counter()
-        process = subprocess.Popen([str(word) for word in command], stdout=output, stderr=output, env=environment)
-        peak = 0
+        started, peak = perf_counter(), 0
+        process = subprocess.Popen(
+            [str(word) for word in command], stdout=output, stderr=output, env=os.environ | {"PYTHON": sys.executable}
+        )
         while process.poll() is None:
-            peak = max(peak, peak_resident(process.pid))
+            # The maximum that wait4 knows would start at this process's own.
+            found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+            peak = max(peak, int(found[1]) * 1024 if found else 0)
             sleep(0.02)
         seconds = perf_counter() - started
         output.seek(0)
@@ -63,37 +87,13 @@ def measured(command: Sequence[object]) -> tuple[dict[str, float], str]:
     return {"seconds": round(seconds, 1), "peak_resident_gb": round(peak / 1e9, 2)}, text
 
 
-def drawing(args, work: Path, controlnet: Path) -> dict[str, Any]:
-    """The grader's command for one picture: the first start, and one that finds the converted copy."""
-    table, data = work / "one.json", work / "data"
-    table.write_text((data / "prompt.json").read_text().splitlines()[0] + "\n")
-    command = ["bash", ROOT / "hw2_3.sh", table, data, work / "drawn", args.checkpoint, "--controlnet", controlnet]
-    command += ["--size", args.size, "--steps", args.steps, "--precision", args.precision, "--device", args.device]
-    command += ["--cache-dir", work / "converted"]
-    return {name: measured(command)[0] for name in ("first_start", "second_start")}
-
-
-def training(args, work: Path, *flags: str) -> dict[str, Any]:
-    """One step of train.py, as its dry run tells it, and the whole process beside it."""
-    command = [sys.executable, ROOT / "p3_controlnet" / "train.py", "--base", args.checkpoint, "--data", work / "data"]
-    command += ["--out", work / "run", "--cache-dir", work / "converted", "--image-size", args.size]
-    command += ["--batch-size", args.batch_size, "--precision", args.precision, "--device", args.device]
-    process, text = measured([*command, "--dry-run", *flags])
-    return {"step": json.loads(text[text.index("{") :]), "process": process}
-
-
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="sd_full_size.py", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, metavar="SD_CKPT", help="from make_sd_like.py, or a published one")
-    files = parser.add_argument_group("files")
-    files.add_argument("--work", type=Path, help="folder for 6 GB of files, kept (default: a temporary one)")
-    files.add_argument("--keys", type=Path, default=make_sd_like.KEYS, help="as make_sd_like.py takes it")
+    parser.add_argument("checkpoint", type=Path, metavar="SD_CKPT", help="a .ckpt file")
     work = parser.add_argument_group("work")
     work.add_argument("--size", type=int, default=256, help="side of the pictures, pixels")
-    work.add_argument("--steps", type=int, default=2, help="of the reverse process")
-    work.add_argument("--batch-size", type=int, default=1, help="pairs the training step")
-    work.add_argument("--precision", choices=PRECISIONS, default="auto", help="of everything")
-    work.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    work.add_argument("--precision", choices=PRECISIONS, default="auto", help="precision of the networks")
+    work.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, ...")
     add_json_argument(parser)
     return parser.parse_args(argv)
 
@@ -102,24 +102,35 @@ def main(args) -> dict[str, Any]:
     """Run everything; prints and returns the figures.
 
     Raises:
-        UserError: a command failed; with the end of what it said.
+        UserError: a command failed; with the end of its output.
     """
     check_json(args.json)
+    shapes = json.loads(PUBLISHED.read_text())
+    if not args.checkpoint.exists():
+        write_like(args.checkpoint, shapes["sd_v1"])
     with tempfile.TemporaryDirectory() as temporary:
-        work = args.work or Path(temporary)
-        controlnet = work / "control-like.safetensors"
-        if not controlnet.exists():
-            arguments = [str(controlnet), "--kind", "controlnet", "--keys", str(args.keys)]
-            make_sd_like.main(make_sd_like.parse_arguments(arguments))
-        fill50k.main(fill50k.parse_arguments([str(work / "data"), "--count", str(PAIRS), "--size", str(args.size)]))
-        figures = {
-            "checkpoint_gb": round(args.checkpoint.stat().st_size / 1e9, 2),
-            "size": args.size,
-            "drawing": {"pictures": 1, "steps": args.steps} | drawing(args, work, controlnet),
-            "training": training(args, work),
-            "training_with_gradient_checkpointing": training(args, work, "--gradient-checkpointing"),
+        work = Path(temporary)
+        data, controlnet, table = work / "data", work / "control-like.safetensors", work / "one.json"
+        save_tensors(controlnet, random_weights(shapes["controlnet"]), {})
+        fill50k.main(fill50k.parse_arguments([str(data), "--count", str(PAIRS), "--size", str(args.size)]))
+        table.write_text((data / "prompt.json").read_text().splitlines()[0] + "\n")
+        shared = ["--precision", args.precision, "--device", args.device, "--cache-dir", work / "converted"]
+        draw = ["bash", ROOT / "hw2_3.sh", table, data, work / "drawn", args.checkpoint, "--controlnet", controlnet]
+        draw += ["--size", args.size, "--steps", STEPS, *shared]
+        train = [sys.executable, ROOT / "p3_controlnet" / "train.py", "--base", args.checkpoint, "--data", data]
+        train += ["--out", work / "run", "--image-size", args.size, "--batch-size", 1, *shared]
+        commands = {
+            "first_start": draw,
+            "second_start": draw,
+            "training": [*train, "--dry-run"],
+            "training_with_gradient_checkpointing": [*train, "--dry-run", "--gradient-checkpointing"],
         }
-    print(json.dumps(figures, indent=2))
+        figures: dict[str, Any] = {"size": args.size, "steps": STEPS, "batch_size": 1}
+        for name in progress(list(commands), "full size", "process"):
+            figures[name], output = measure(commands[name])
+            if "--dry-run" in commands[name]:
+                figures[name]["step"] = json.loads(output[output.index("{") :])
+    print(json.dumps(figures, indent=1))
     write_json(args.json, figures)
     return figures
 

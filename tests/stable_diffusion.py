@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from benchmarks.make_sd_like import random_weights
+from benchmarks.sd_full_size import random_weights
 from latent_diffusion.files import PUBLISHED
 
 # Names and shapes in the published files.
