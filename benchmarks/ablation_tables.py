@@ -1,97 +1,81 @@
-"""What an ablation is, and how its figures become a table."""
+"""What an ablation is, and how its figures become a table on a page of docs/."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import table
+from common.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 Settings = Mapping[str, Any]
 Rows = list[dict[str, Any]]
-FINGERPRINT = 12  # hexadecimal digits of a SHA-256
-PERCENT, ERROR = "{:.1%}", "{:.4g}"
+WEIGHTS = ("weights", "base")  # settings whose files are fingerprinted
+# A short run warms up quickly, and averages over the last part of itself.
+SHORT = {"warmup": 20, "ema": 0.98, "save_every": 50}
+RUNS = {"out": (ROOT / "outputs" / "ablations", "folder of the runs; a finished run is not trained again")}
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """One choice, and the measurement of what it costs to leave it out.
+    """One choice, and the measurement of what it is worth.
 
     Args:
-        page: the page of docs/ that has its table.
-        about: what is measured, for --help.
-        settings: of the measurement, each with its default and what it says; every one is a flag.
-        measure: from the settings to rows of figures, each with its `variant`.
-        columns: from a heading to the name of a figure and its format; a figure that a row lacks is a dash.
+        measure: from the settings to rows of figures by heading, each with its `variant`; its docstring is the help.
+        settings: each with its default and its help; every one is a flag.
+        columns: the headings, and the formats of their figures; a figure that a row lacks is a dash.
         facts: the settings as a sentence, to be filled in.
-        first: heading of the first column.
-        weights: names of the settings that are weights; their fingerprints are kept with the figures.
+        first: heading of the variants.
     """
 
-    page: str
-    about: str
-    settings: Mapping[str, tuple[Any, str]]
     measure: Callable[[Settings], Rows]
-    columns: Mapping[str, tuple[str, str]]
+    settings: Mapping[str, tuple[Any, str]]
+    columns: Mapping[str, str]
     facts: str
     first: str = ""
-    weights: Sequence[str] = ()
 
 
 def fingerprint(path: Path) -> str:
-    """The start of a SHA-256 of a file, or of all files in a folder and their names."""
+    """The first 12 digits of the SHA-256 of a file, or of all files in a folder and their names."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             digest.update(b"" if file == path else str(file.relative_to(path)).encode())
             digest.update(file.read_bytes())
-    return digest.hexdigest()[:FINGERPRINT]
+    return digest.hexdigest()[:12]
 
 
-def told(value: Any) -> str:
-    """A setting as it is printed: a path within the repository without the repository's own, lists with spaces."""
-    if isinstance(value, Path):
-        return str(value.relative_to(ROOT)) if value.is_relative_to(ROOT) else str(value)
-    if isinstance(value, list):
-        return " ".join(told(item) for item in value)
-    return str(value)
+def run_folder(settings: Settings, variant: str) -> Path:
+    """The folder of one training: another one for every variant and every change of the settings."""
+    facts = {name: str(value) for name, value in settings.items() if name != "out"}
+    facts |= {name: fingerprint(settings[name]) for name in WEIGHTS if name in settings}
+    digest, name = hashlib.sha256(str(sorted(facts.items())).encode()).hexdigest(), re.sub(r"\W+", "-", variant)
+    return settings["out"] / f"{name}-{digest[:8]}"
 
 
-def changed(ablation: Ablation, settings: Settings) -> str:
-    """The flags of the settings that are not the defaults; where runs are kept changes no figure."""
-    defaults = {key: default for key, (default, _) in ablation.settings.items() if key != "out"}
-    return "".join(
-        f" --{key.replace('_', '-')} {told(settings[key])}" for key in defaults if settings[key] != defaults[key]
-    )
-
-
-def command(name: str, flags: str = "") -> str:
-    """What measures an ablation and writes its table."""
-    return f"python benchmarks/ablations.py {name}{flags} --write"
-
-
-def measured_text(name: str, ablation: Ablation, result: Mapping[str, Any]) -> str:
-    """The table of what was measured, and beneath it how.
-
-    Args:
-        name: of the ablation.
-        ablation: whose columns to show.
-        result: `rows`, `settings`, `flags` and `weights` as they come from JSON.
-    """
-    rows = []
+def make_text(name: str, ablation: Ablation, result: Mapping[str, Any]) -> str:
+    """The table of a result (`rows`, `settings`, `flags` and `weights`, as in its JSON file), and how it was made."""
+    lines = [[ablation.first, *ablation.columns], ["---", *["---:"] * len(ablation.columns)]]
     for row in result["rows"]:
-        cells = (
-            "-" if row.get(figure) is None else format_.format(row[figure])
-            for figure, format_ in ablation.columns.values()
-        )
-        rows.append([str(row["variant"]), *cells])
+        cells = ((row.get(heading), form) for heading, form in ablation.columns.items())
+        lines.append([str(row["variant"]), *("-" if value is None else form.format(value) for value, form in cells)])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     facts = ablation.facts.format(**result["settings"])
     weights = "".join(f"; the SHA-256 of the {what} begins with {digest}" for what, digest in result["weights"].items())
-    return f"{table([ablation.first, *ablation.columns], rows)}\n\n{facts}{weights}. `{command(name, result['flags'])}`"
+    return f"{table}\n\n{facts}{weights}. `python benchmarks/ablations.py {name}{result['flags']} --write`"
 
 
-def missing_text(name: str) -> str:
-    """What stands in a page until there are figures."""
-    return f"Not measured yet: run `{command(name)}`."
+def replace_block(page: Path, name: str, content: str) -> str:
+    """A page's text with new content between the comments that begin and end a block.
+
+    Raises:
+        UserError: the page has no such block.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise UserError(f"{page}: has no block from {begin} to {end}; restore it")
+    return f"{before}{begin}\n{content}\n{end}{after}"

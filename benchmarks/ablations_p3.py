@@ -1,36 +1,39 @@
-"""Ablations of the ControlNet: its zero convolutions, and its hint encoder."""
+"""Ablations of problem 3: the ControlNet's zero convolutions and hint encoder, and what Custom Diffusion adds."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
-import torch
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.ablation_tables import Ablation, Rows, Settings, fingerprint, told
-from benchmarks.ablation_training import LEARNING, RUNS, run_folder
-from common.cli import UserError, say
-from common.data import Batch
+from benchmarks.ablation_tables import RUNS, SHORT, Ablation, Rows, Settings, run_folder
+from common.cli import check, say
 from common.layers import zeroed
-from common.runtime import autocast, pick_device, pick_precision, seeded_generator
-from common.training import Trainer, loss_of
+from common.runtime import pick_device
 from common.training_options import TrainingOptions
 from latent_diffusion.base import Base, load_base
-from latent_diffusion.pairs import HELD_OUT_EVERY, read_table
+from latent_diffusion.drawing import PromptOptions, draw_prompts
+from latent_diffusion.miniature import BASE
+from latent_diffusion.miniature.regions import NEAR, concept_colour, disc_difference
+from latent_diffusion.miniature.scenes import random_scenes
 from p3_controlnet import fill50k
-from p3_controlnet.cache import encode_pairs
 from p3_controlnet.model import ControlNet
-from p3_controlnet.sample import BASE
-from p3_controlnet.train import PairBatches, control_loss, hint_reader
-from p3_controlnet.watch import Watch
+from p3_controlnet.train import ControlNetTraining, make_controlnet, train
+from p3_personalization import custom_diffusion, textual_inversion
+from p3_personalization.evaluate import read_references
+from p3_personalization.generate import EXAMPLES, read_table
+from p3_personalization.learning import ConceptOptions
+from p3_personalization.words import add_words, load_custom, load_words
 
-WATCHED, VALIDATED, DROP = 32, 128, 0.1  # held-out pairs drawn, and whose loss is taken; part of the prompts left out
-GUIDANCE_SCALE = 2.0
-PARTS = 3  # of a training; at the end of each it is watched
+IOU = [f"hint IoU, {part}" for part in ("a third of the steps", "two thirds", "all")]
+CONTROLNET = {"hint_channels": (16, 32, 48, 64), "guidance_scale": 2.0, "watched": 32, "validated": 128}
+DRAWING = PromptOptions(steps=20, guidance_scale=2.0)
+SCENE_SIZE = 128  # pixels; only the scenes' prompts are used
+CLASS_IMAGES = 100
+STARTS = {"0": "purple", "1": "olive"}  # the concepts' folders, and the words that training starts from
 
 
 class PooledHint(nn.Module):
@@ -51,173 +54,139 @@ class PooledHint(nn.Module):
         return self.conv(F.avg_pool2d(hint, self.factor))
 
 
-class NoHint(nn.Module):
-    """In place of the hint encoder: nothing, whatever the hint."""
-
-    def __init__(self, factor: int, out_channels: int):
-        super().__init__()
-        self.factor, self.out_channels = factor, out_channels
+class NoHint(PooledHint):
+    """In place of the hint encoder: zeros, whatever the hint."""
 
     def forward(self, hint: Tensor) -> Tensor:
-        n, _, height, width = hint.shape
-        return hint.new_zeros(n, self.out_channels, height // self.factor, width // self.factor)
+        return 0 * super().forward(hint)
 
 
-def without_zeros(controlnet: ControlNet) -> ControlNet:
-    """The ControlNet with all its zero convolutions drawn like ordinary ones."""
+def without_zeros(config: ControlNetTraining, base: Base) -> ControlNet:
+    """A new ControlNet with all its zero convolutions drawn like ordinary ones."""
+    controlnet = make_controlnet(config, base)
     last = controlnet.controlnet_cond_embedding.conv_out
     for convolution in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block, last):
         convolution.reset_parameters()
     return controlnet
 
 
-def with_pooled_hint(controlnet: ControlNet) -> ControlNet:
-    """The ControlNet with a `PooledHint`."""
-    config, first = controlnet.config, controlnet.config.block_out_channels[0]
-    hint = PooledHint(config.conditioning_channels, config.hint_factor, first)
+def with_hint(kind: type[PooledHint], config: ControlNetTraining, base: Base) -> ControlNet:
+    """A new ControlNet with another hint encoder."""
+    controlnet = make_controlnet(config, base)
+    sizes, first = controlnet.config, controlnet.config.block_out_channels[0]
+    hint = kind(sizes.conditioning_channels, sizes.hint_factor, first)
     controlnet.controlnet_cond_embedding = hint.to(controlnet.conv_in.weight.device)
     return controlnet
 
 
-def without_hint(controlnet: ControlNet) -> ControlNet:
-    """The ControlNet with a `NoHint`."""
-    config = controlnet.config
-    controlnet.controlnet_cond_embedding = NoHint(config.hint_factor, config.block_out_channels[0])
-    return controlnet
+def train_each(settings: Settings, variants: Mapping[str, Callable]) -> Rows:
+    """Train a ControlNet of each kind on the same circles."""
+    steps, pairs, size, rows = settings["steps"], settings["pairs"], settings["size"], []
+    check("steps", steps, steps >= len(IOU), f"at least {len(IOU)}")
+    data = settings["out"] / f"circles-{pairs}-{size}"
+    if not data.exists():
+        fill50k.main(fill50k.parse_arguments([str(data), "--count", str(pairs), "--size", str(size)]))
+    config = ControlNetTraining(base=settings["base"], data=data, latents=data / "cache", **CONTROLNET)
+    often = {"validate_every": steps // len(IOU), "sample_every": steps}
+    options = TrainingOptions(
+        steps=steps, batch_size=settings["batch_size"], lr=1e-3, seed=settings["seed"], **often, **SHORT
+    )
+    for variant, make in variants.items():
+        folder, logs = run_folder(settings, variant), []
+        # The first one learns nothing: it measures the loss before.
+        for out, chosen in ((folder / "before", replace(options, steps=1, lr=0.0)), (folder, options)):
+            train(replace(config, out=out), chosen, make)
+            lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            logs.append([line for line in lines if "hint_iou" in line])
+        (before,), (first, second, *_, last) = logs
+        row = {"variant": variant, "loss before": before["validation_loss"], "after": last["validation_loss"]}
+        row["sensitivity"] = last["condition_sensitivity"]
+        rows.append(row | {heading: line["hint_iou"] for heading, line in zip(IOU, (first, second, last))})
+    return rows
 
 
-AS_BUILT = {"as built": lambda controlnet: controlnet}
-ZERO = AS_BUILT | {"ordinary convolutions": without_zeros}
-HINT = AS_BUILT | {"pooled hint, one convolution": with_pooled_hint, "no hint": without_hint}
-SETTINGS = {
-    "steps": (300, "of each training"),
-    "batch_size": (64, "pairs a step"),
-    "lr": (1e-3, "peak rate"),
-    "seed": (0, "of weights, order and noise"),
-    "pairs": (3000, "circles to draw and train on, less every eleventh"),
-    "hint_channels": ([16, 32, 48, 64], "widths of the hint encoder"),
-    "base": (BASE, "the frozen model"),
-    **RUNS,
-}
-COLUMNS = {
-    "loss before": ("loss_before", "{:.4f}"),
-    "after": ("loss", "{:.4f}"),
-    "sensitivity": ("condition_sensitivity", "{:.4f}"),
-    **{
-        f"hint IoU, {part}": (f"hint_iou_{k}", "{:.3f}")
-        for k, part in enumerate(("a third of the steps", "two thirds", "all"), start=1)
+def measure_zero(settings: Settings) -> Rows:
+    """Zero convolutions against ordinary ones."""
+    return train_each(settings, {"as built": make_controlnet, "ordinary convolutions": without_zeros})
+
+
+def measure_hint(settings: Settings) -> Rows:
+    """The hint encoder against a pooled hint and none."""
+    pooled, none = partial(with_hint, PooledHint), partial(with_hint, NoHint)
+    return train_each(settings, {"as built": make_controlnet, "pooled hint, one convolution": pooled, "no hint": none})
+
+
+def learn_concepts(settings: Settings, base: Base, variant: str, class_share: float | None) -> Base:
+    """The base that knows the concepts, with matrices beside the words where there is a share of class pictures."""
+    kind = textual_inversion if class_share is None else custom_diffusion
+    chosen = {name: settings[name] for name in ("steps", "batch_size", "seed")} | {"sample_every": 10**9}
+    options = TrainingOptions(**kind.DEFAULTS | chosen)
+    own = {"images": [EXAMPLES / number for number in STARTS], "initialiser": [*STARTS.values()]}
+    own |= {"base": settings["base"], "out": run_folder(settings, variant)}
+    say(f"{variant}: in {own['out']}")
+    if class_share is None:
+        return add_words(base, load_words(kind.train(ConceptOptions(**own), options)))
+    config = kind.CustomOptions(**own, class_share=class_share, class_images=CLASS_IMAGES)
+    return load_custom(base, kind.train(config, options))
+
+
+def measure_prior(settings: Settings) -> Rows:
+    """Matrices beside the words, and pictures of the class."""
+    count, seed = settings["count"], settings["seed"]
+    check("count", count, count > 0, "above 0")
+    base, options = load_base(settings["base"], pick_device()), replace(DRAWING, seed=seed)
+    entries = read_table(EXAMPLES / "input.json")
+    colours = {number: concept_colour(photos) for number, photos in read_references(EXAMPLES, entries).items()}
+    # Colour pairs that nothing was trained on, and no learned word.
+    scenes = random_scenes(count, SCENE_SIZE, seed + 1, (1, 2), held_out=True)
+    ordinary = [(scene.prompt, (k,)) for k, scene in enumerate(scenes)]
+    before, rows = draw_prompts(base, ordinary, options), []
+    # The share of a batch that are pictures of the class; words alone have no matrices that could forget.
+    variants = {"words alone": None, "words and matrices": 0.5, "the same without pictures of the class": 0.0}
+    for variant, share in variants.items():
+        knowing = learn_concepts(settings, replace(base), variant, share)
+        after, differences = draw_prompts(knowing, ordinary, options), []
+        for entry in entries:
+            items = [(f"{entry.token} circle with white background", (k,)) for k in range(count)]
+            pictures = draw_prompts(knowing, items, options).permute(0, 2, 3, 1).numpy()
+            differences += [disc_difference(picture, colours[entry.number]) for picture in pictures]
+        median, near = float(np.median(differences)), float((np.asarray(differences) <= NEAR).mean())
+        row = {"variant": variant, "difference from the concept": median if np.isfinite(median) else None}
+        change = (after.double() - before.double()).square().mean().item()
+        rows.append(row | {f"within {NEAR:g}": near, "change of ordinary prompts": change})
+    return rows
+
+
+ZERO_AND_HINT = (
+    {
+        "steps": (300, "steps of each training"),
+        "batch_size": (64, "pairs in a step"),
+        "seed": (0, "seed of weights, order and noise"),
+        "pairs": (3000, "circles to draw and train on, less every eleventh"),
+        "size": (128, "side of the pictures, pixels"),
+        "base": (BASE, "the frozen model"),
+        **RUNS,
     },
-}
-FACTS = (
-    "Each trained for {steps} steps of {batch_size} pairs on {pairs} circles, rate {lr}, seed {seed}, hint encoder"
-    f" {{hint_channels}}; loss of {VALIDATED} held-out pairs, IoU of {WATCHED} drawn with guidance {GUIDANCE_SCALE:g}"
+    dict.fromkeys(("loss before", "after", "sensitivity"), "{:.4f}") | dict.fromkeys(IOU, "{:.3f}"),
+    "Each trained for {steps} steps of {batch_size} pairs on {pairs} circles, rate 0.001, seed {seed}, hint encoder"
+    " 16 32 48 64; loss of 128 held-out pairs, IoU of 32 drawn with guidance 2",
 )
-
-
-class Workshop:
-    """The base and the pairs that all variants are trained on.
-
-    Args:
-        settings: `SETTINGS`.
-
-    Raises:
-        UserError: a setting does not fit, or the base is missing or broken.
-    """
-
-    def __init__(self, settings: Settings):
-        self.settings, self.out = settings, settings["out"]
-        if min(settings["steps"] - PARTS + 1, settings["batch_size"], settings["pairs"] - HELD_OUT_EVERY + 1) < 1:
-            raise UserError(
-                f"--steps {settings['steps']} --batch-size {settings['batch_size']} --pairs {settings['pairs']}: at"
-                f" least {PARTS}, 1 and {HELD_OUT_EVERY}"
-            )
-        self.device = pick_device()
-        self.base: Base = load_base(settings["base"], self.device)
-        factor = 2 ** (len(settings["hint_channels"]) - 1)
-        if factor != self.base.factor:
-            raise UserError(f"--hint-channels: fold {factor} pixels, the base {self.base.factor}")
-        self.size = self.base.unet.config.sample_size * factor
-        self.data = self.out / f"circles-{settings['pairs']}-{self.size}"
-        if not self.data.exists():
-            flags = ["--count", str(settings["pairs"]), "--size", str(self.size)]
-            fill50k.main(fill50k.parse_arguments([str(self.data), *flags]))
-        self.pairs = read_table(self.data)
-
-    @cached_property
-    def cache(self):
-        """Their latents and contexts."""
-        return encode_pairs(self.base, self.pairs, self.data, self.size, self.data / "cache")
-
-    @cached_property
-    def hints(self):
-        """Their hints, read once for all variants."""
-        return hint_reader(self.pairs, self.data, self.size)
-
-    def batches(self, held_out: bool, count: int, drop: float, seed: int) -> PairBatches:
-        """Batches of the pairs that are trained on, or of those held out."""
-        members = torch.arange(len(self.pairs))
-        members = members[(members % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held_out]
-        return PairBatches(self.cache, self.hints, members, self.base.schedule, count, drop, seed)
-
-    def train(self, variant: str, change) -> dict[str, Any]:
-        """Train one variant; returns its row."""
-        settings, base = self.settings, self.base
-        facts = {name: told(value) for name, value in settings.items() if name != "out"}
-        facts["base"] = fingerprint(settings["base"])
-        folder = run_folder(self.out, variant, facts)
-        steps, every = settings["steps"], settings["steps"] // PARTS
-        options = TrainingOptions(
-            steps=steps, batch_size=settings["batch_size"], lr=settings["lr"], seed=settings["seed"],
-            validate_every=every, **LEARNING,
-        )  # fmt: skip
-        torch.manual_seed(options.seed)
-        controlnet = change(ControlNet.from_unet(base.unet, settings["hint_channels"]))
-
-        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-            return control_loss(model, base, batch, gamma=0.0)
-
-        watched, held_out = (self.batches(True, n, 0.0, 0)(0, seeded_generator(0, 3)) for n in (WATCHED, VALIDATED))
-        watch = Watch(base, watched, self.cache.null_context, GUIDANCE_SCALE, options.batch_size)
-        validate = loss_of(held_out, loss_fn)
-        with torch.no_grad(), autocast(self.device, pick_precision("auto", self.device)):
-            before = float(validate(controlnet))
-        about = {"kind": variant, "config": asdict(controlnet.config)}
-        batches = self.batches(False, options.batch_size, DROP, options.seed)
-        say(f"{variant}: in {folder}")
-        trainer = Trainer(
-            controlnet, options, folder, about, batches, loss_fn, validate, notes=facts, measure=watch.measure
-        )
-        trainer.run()
-        trainer.accelerator.end_training()
-        return {"variant": variant, "loss_before": before} | watched_figures(folder, [every, 2 * every, steps])
-
-
-def watched_figures(folder: Path, steps: list[int]) -> dict[str, float]:
-    """The hint IoU that a run's log has of these steps, and what else it has of the last."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    by_step = {line["step"]: line for line in lines if "hint_iou" in line}
-    figures = {f"hint_iou_{k}": by_step[step]["hint_iou"] for k, step in enumerate(steps, start=1)}
-    last = by_step[steps[-1]]
-    return figures | {"loss": last["validation_loss"], "condition_sensitivity": last["condition_sensitivity"]}
-
-
-def measured(variants):
-    """A measurement that trains each of some variants."""
-
-    def measure(settings: Settings) -> Rows:
-        workshop = Workshop(settings)
-        return [workshop.train(variant, change) for variant, change in variants.items()]
-
-    return measure
-
-
-def ablations() -> Iterable[tuple[str, Ablation]]:
-    """The ablations of this problem by their names."""
-    for name, about, variants in (
-        ("p3-zero", "zero convolutions against ordinary ones", ZERO),
-        ("p3-hint", "the hint encoder against a pooled hint and none", HINT),
-    ):
-        yield name, Ablation("p3.md", about, SETTINGS, measured(variants), COLUMNS, FACTS, "", ("base",))
-
-
-P3 = dict(ablations())
+P3 = {
+    "p3-zero": Ablation(measure_zero, *ZERO_AND_HINT),
+    "p3-hint": Ablation(measure_hint, *ZERO_AND_HINT),
+    "p3-prior": Ablation(
+        measure_prior,
+        {
+            "steps": (400, "steps of each training"),
+            "batch_size": (16, "pictures in a step"),
+            "seed": (0, "seed of order and noise, and of what is drawn"),
+            "count": (25, "pictures of each concept, and of ordinary prompts"),
+            "base": (BASE, "the frozen model"),
+            **RUNS,
+        },
+        {"difference from the concept": "{:.1f}", f"within {NEAR:g}": "{:.0%}", "change of ordinary prompts": "{:.4g}"},
+        "Each trained for {steps} steps of {batch_size} pictures, seed {seed}; {count} pictures of each concept and of"
+        " ordinary prompts, guidance 2. Difference: CIEDE2000 of the disc most like the concept, the median; change:"
+        " mean squared error on the 0-255 scale",
+    ),
+}

@@ -116,7 +116,7 @@ def parse_arguments(argv: list[str] | None = None):
     scoring.add_argument("--discs", action=BooleanOptionalAction, help=discs)
     scoring.add_argument("--precision", choices=PRECISIONS, default="fp32", help="precision of CLIP")
     scoring.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:1, ...")
-    add_json_argument(parser, "write all scores to this file")
+    add_json_argument(parser)
     return parser.parse_args(argv)
 
 

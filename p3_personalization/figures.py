@@ -28,12 +28,23 @@ from latent_diffusion.base import Base
 from latent_diffusion.drawing import PromptOptions, add_drawing_flags, draw_prompts
 from latent_diffusion.miniature import BASE
 from latent_diffusion.miniature.regions import shows_colours
-from p3_personalization import generate
 from p3_personalization.evaluate import disc_colours, read_references
-from p3_personalization.generate import CUSTOM_DIFFUSION, EXAMPLES, INVERSION, TableEntry, prompt_items, read_table
+from p3_personalization.generate import (
+    CUSTOM,
+    CUSTOM_DIFFUSION,
+    EXAMPLES,
+    INVERSION,
+    ROOT,
+    WORDS,
+    TableEntry,
+    drawing_options,
+    is_miniature,
+    load_plain,
+    prompt_items,
+    read_table,
+)
 from p3_personalization.words import check_prompts, with_learned
 
-OUTPUT = generate.ROOT / "outputs" / "p3_2024_figures"
 TWO = "a {} next to a {}"
 MINIATURE_TWO = "{} circle and {} circle with gray background"
 VIEWS = 5  # pictures of one concept in a row
@@ -82,7 +93,9 @@ def draw_both(
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="figures.py", description=__doc__)
     figures = parser.add_argument_group("figures")
-    figures.add_argument("--out", type=Path, default=OUTPUT, help="folder for the figures")
+    figures.add_argument(
+        "--out", type=Path, default=ROOT / "outputs" / "p3_2024_figures", help="folder for the figures"
+    )
     figures.add_argument("--prompt", metavar="TEXT", help=f'prompt with two concepts (default: as "{TWO}")')
     figures.add_argument("--count", type=int, default=50, help="pictures of two concepts, for each method")
     discs = "count pictures with discs of both colours (default: for the miniature)"
@@ -92,8 +105,10 @@ def parse_arguments(argv: list[str] | None = None):
     files.add_argument("--table", type=Path, default=table, metavar="INPUT_JSON", help="concepts and prompts")
     files.add_argument("--references", type=Path, default=EXAMPLES, metavar="FOLDER", help="photos, a folder a concept")
     files.add_argument("--base", type=Path, default=BASE, metavar="SD_CKPT", help="frozen model")
-    files.add_argument("--words", type=Path, nargs="+", default=[generate.WORDS], metavar="FILE", help="learned words")
-    files.add_argument("--custom", type=Path, default=generate.CUSTOM, metavar="FILE", help="Custom Diffusion's file")
+    files.add_argument(
+        "--words", type=Path, nargs="+", default=[WORDS], metavar="FILE", help="textual inversion's words"
+    )
+    files.add_argument("--custom", type=Path, default=CUSTOM, metavar="FILE", help="Custom Diffusion's file")
     add_drawing_flags(parser, sampler="dpm-solver++")
     return parser.parse_args(argv)
 
@@ -101,7 +116,7 @@ def parse_arguments(argv: list[str] | None = None):
 def main(args) -> list[Path]:
     """Draw and write; returns the files written."""
     check("count", args.count, args.count >= 1, "at least 1")
-    options, miniature = generate.drawing_options(args), generate.is_miniature(args.base)
+    options, miniature = drawing_options(args), is_miniature(args.base)
     entries = read_table(args.table)
     if len(entries) < 2:
         raise UserError(f"{args.table}: has one concept; both.png needs two")
@@ -110,7 +125,7 @@ def main(args) -> list[Path]:
     prompt = args.prompt or (MINIATURE_TWO if miniature else TWO).format(*tokens)
     with_discs = miniature if args.discs is None else args.discs
     colours = [*disc_colours(references).values()][:2] if with_discs else []
-    plain = generate.load_plain(args)
+    plain = load_plain(args)
     bases = {INVERSION: with_learned(plain, args.words), CUSTOM_DIFFUSION: with_learned(plain, [], args.custom)}
     for base in bases.values():
         for token in tokens:

@@ -66,7 +66,7 @@ class TableEntry:
 
 
 def read_texts(fields: Mapping[str, Any], name: str, where: str) -> list[str]:
-    """A field that is a list of texts, or one text; `where` starts the line of an error."""
+    """A field that is a list of texts, or one text; an error's line starts with `where`."""
     value = fields.get(name, [])
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
@@ -75,7 +75,7 @@ def read_texts(fields: Mapping[str, Any], name: str, where: str) -> list[str]:
 
 
 def read_entry(number: str, fields: Any, where: str) -> TableEntry:
-    """One concept of the table; `where` starts the line of an error."""
+    """One concept of the table; an error's line starts with `where`."""
     if not number.isalnum():  # it names a folder
         raise UserError(f"{where}: its name is no number or word; write it as in {EXAMPLE}")
     if not isinstance(fields, dict):

@@ -108,7 +108,7 @@ def rows_like(base: Base, words: str, vectors: int) -> Tensor:
 
 
 class Concepts(NamedTuple):
-    """The concepts to learn, read and encoded.
+    """What is learned from.
 
     Attributes:
         base: the frozen base; it has the words that training starts from.

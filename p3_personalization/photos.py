@@ -27,18 +27,24 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank, such as captions or prompts; a `UserError` where there are none."""
+    """The lines of a text file that are not blank, each a caption or a prompt.
+
+    Raises:
+        UserError: the file cannot be read, or has none.
+    """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable text file ({error}); save it as UTF-8, a sentence a line") from None
+        raise UserError(
+            f"{path}: not a readable text file ({error}); save it as UTF-8, with a sentence a line"
+        ) from None
     if not lines:
         raise UserError(f"{path}: is empty; write a sentence a line, or remove the file")
     return lines
 
 
 def fill_in(templates: Sequence[str], token: str, mention: str) -> list[str]:
-    """The templates with a token in the place of {}; `mention` starts the line of an error."""
+    """The templates with a token in the place of {}; an error's line starts with `mention`."""
     for template in templates:
         if "{}" not in template:
             raise UserError(f"{mention}{template!r}: has no {{}}; write {{}} where the token {token} goes")

@@ -34,12 +34,12 @@ def check_prompts(tokenizer: CLIPTokenizer, prompts: Iterable[str], token: str =
     """Check that every prompt has `token`, and no token in angle brackets that the tokenizer does not know.
 
     Raises:
-        UserError: one does not; `mention` starts the line.
+        UserError: names the prompt and the token; the line starts with `mention`.
     """
     known = {name.lower() for name in tokenizer.added_tokens_encoder}
     for prompt in prompts:
         if token.lower() not in prompt.lower():
-            raise UserError(f"{mention}prompt {prompt!r}: lacks {token}; write it into the prompt")
+            raise UserError(f"{mention}prompt {prompt!r}: is without {token}; write the token into it")
         for found in FORM.findall(prompt):
             if found.lower() not in known:
                 raise UserError(f"{mention}prompt {prompt!r}: {found} is no learned word; learn it, or give its file")
@@ -108,7 +108,7 @@ def load_custom(base: Base, path: Path) -> Base:
     tensors, _ = load_tensors(path)
     words = {name: torch.atleast_2d(tensors.pop(name)).float() for name in [*tensors] if FORM.fullmatch(name)}
     names = matrix_names(base.unet)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.numel()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if len(tensor)}
     wanted = {stored: tuple(base.unet.get_parameter(name).shape) for name, stored in names.items()}
     if not any(name.endswith(tuple(MATRICES.values())) for name in shapes):
         raise UserError(f"{path}: holds no matrices of Custom Diffusion; give learned words as --words")

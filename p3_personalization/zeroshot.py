@@ -4,8 +4,7 @@ python zeroshot.py hw2_data/clip_zeroshot --clip FOLDER     # the course's: id2l
 python zeroshot.py                                          # colours of held-out circles, by the miniature's CLIP
 
 Prints top-1 and top-5 accuracy. OUT gets confusion.png and examples.png: five successes and five failures, each with
-the five classes that CLIP finds likeliest. Circles are compared with sentences that name every background, such as
-"gold circle with navy background".
+the five classes that CLIP finds likeliest.
 """
 
 import json
@@ -108,8 +107,9 @@ def class_scores(clip: Clip, data: ZeroShotData, templates: Sequence[str], combi
         templates: sentences in which {} stands for the class.
         combine: "mean" compares each picture with the mean of a class's sentences, "best" with the one that fits best.
     """
-    sentences = [[template.replace("{}", name) for name in data.classes] for template in templates]
-    sentences = torch.stack([clip.embed_texts(texts) for texts in sentences])
+    sentences = torch.stack(
+        [clip.embed_texts([template.replace("{}", name) for name in data.classes]) for template in templates]
+    )
     if combine == "mean":
         sentences = F.normalize(sentences.mean(dim=0, keepdim=True), dim=-1)
     rows = []
@@ -187,12 +187,16 @@ def plot_examples(data: ZeroShotData, scores: Tensor, scale: float):
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="zeroshot.py", description=__doc__)
-    data = "folder with id2label.json and val/ (default: drawn circles)"
-    parser.add_argument("data", type=Path, nargs="?", metavar="DATA", help=data)
+    parser.add_argument(
+        "data", type=Path, nargs="?", metavar="DATA", help="folder with id2label.json and val/ (default: drawn circles)"
+    )
     model = parser.add_argument_group("CLIP")
     model.add_argument("--clip", type=Path, default=CLIP, metavar="FOLDER", help="CLIP in transformers' format")
-    templates = "sentences with {} for the class; of several their mean counts, for circles the best"
-    model.add_argument("--templates", nargs="+", metavar="TEXT", help=f'{templates} (default: "{TEMPLATE}")')
+    model.add_argument(
+        "--templates", nargs="+", metavar="TEXT",
+        help=f'sentences with {{}} for the class; their mean counts, for circles the best (default: "{TEMPLATE}", for'
+        ' circles "{} circle with ... background" with every colour)',
+    )  # fmt: skip
     model.add_argument("--precision", choices=PRECISIONS, default="auto", help="precision of CLIP")
     model.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:1, ...")
     circles = parser.add_argument_group("circles")
@@ -201,7 +205,7 @@ def parse_arguments(argv: list[str] | None = None):
     circles.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures")
     files = parser.add_argument_group("figures")
     files.add_argument("--out", type=Path, default=ROOT / "outputs" / "p3_zeroshot", help="folder for the figures")
-    add_json_argument(parser, "write all results to this file")
+    add_json_argument(parser)
     return parser.parse_args(argv)
 
 

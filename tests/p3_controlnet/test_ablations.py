@@ -1,88 +1,69 @@
 """Ablations of problem 3 end to end with a tiny base: what is changed, how it is measured, and runs kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks import ablations, ablations_p3
-from benchmarks.ablations_p3 import NoHint, PooledHint, without_zeros
+from benchmarks.ablations_p3 import PooledHint
 from common.cli import UserError
-from common.runtime import seeded_generator
-from common.training import Trainer, diffusion_loss
-from latent_diffusion.drawing import called_with_context
+from common.training import Trainer
 from p3_controlnet import watch
-from p3_controlnet.model import ControlNet
+from p3_personalization import custom_diffusion
 
 
 @pytest.fixture(autouse=True)
-def few(monkeypatch):
-    monkeypatch.setattr(ablations_p3, "WATCHED", 2)
-    monkeypatch.setattr(ablations_p3, "VALIDATED", 4)
+def few(monkeypatch, pipeline_folder):
+    monkeypatch.setitem(ablations_p3.CONTROLNET, "watched", 2)
+    monkeypatch.setitem(ablations_p3.CONTROLNET, "validated", 4)
     monkeypatch.setattr(watch, "STEPS", 2)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder that keeps the runs of all tests here."""
-    return tmp_path_factory.mktemp("runs")
+    monkeypatch.setattr(ablations_p3, "DRAWING", replace(ablations_p3.DRAWING, steps=2))
+    monkeypatch.setattr(ablations_p3, "CLASS_IMAGES", 3)
+    monkeypatch.setattr(custom_diffusion, "CLASS_STEPS", 2)
+    monkeypatch.setattr(custom_diffusion, "BASE", pipeline_folder.resolve())
+    # The tiny base has a token a letter.
+    monkeypatch.setattr(ablations_p3, "STARTS", {"0": "p", "1": "o"})
 
 
 @pytest.fixture
-def measured(pipeline_folder, runs):
-    flags = ["--base", pipeline_folder, "--out", runs, "--steps", 3, "--batch-size", 2, "--pairs", 44]
-    flags += ["--hint-channels", 4, 6, 8, 10]
+def measure(pipeline_folder, tmp_path):
+    def measure(name, *more):
+        flags = ["--base", pipeline_folder, "--out", tmp_path / "runs", *more]
+        return ablations.main(ablations.parse_arguments([str(argument) for argument in (name, *flags)]))["rows"]
 
-    def measured(name, *more):
-        arguments = [str(argument) for argument in (name, *flags, *more)]
-        return ablations.main(ablations.parse_arguments(arguments))["rows"]
-
-    return measured
+    return measure
 
 
 def test_a_pooled_hint_is_the_mean_over_a_latents_pixels():
     pooled = PooledHint(3, 4, 3)
     hint = torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
-    assert not pooled(hint).any(), "it starts at zero, as the hint encoder does"
     torch.nn.init.dirac_(pooled.conv.weight)
-    means = hint.reshape(2, 3, 2, 4, 3, 4).mean(dim=(3, 5))
-    assert (pooled(hint) - means).abs().max() < 1e-6
-    assert NoHint(4, 5)(hint).shape == (2, 5, 2, 3)
+    assert (pooled(hint) - hint.reshape(2, 3, 2, 4, 3, 4).mean(dim=(3, 5))).abs().max() < 1e-6
 
 
-def test_ordinary_convolutions_add_something_at_once(unet, batch):
-    torch.manual_seed(0)
-    controlnet = without_zeros(ControlNet.from_unet(unet, (4, 6, 8, 10)))
-    residuals = controlnet(**batch)
-    assert all(residual.abs().mean() > 1e-3 for residual in residuals)
-    other = controlnet(**batch | {"hint": 1 - batch["hint"]})
-    assert any((a - b).abs().max() > 1e-6 for a, b in zip(residuals, other))
-
-
-def test_what_is_left_out_shows_and_runs_are_kept(measured, pipeline_folder, runs, monkeypatch):
-    built, ordinary = measured("p3-zero")
+def test_what_is_left_out_shows_and_runs_are_kept(measure, monkeypatch):
+    small = "--steps", 3, "--batch-size", 2, "--pairs", 44, "--size", 64
+    built, ordinary = measure("p3-zero", *small)
     assert (built["variant"], ordinary["variant"]) == ("as built", "ordinary convolutions")
-    # New zero convolutions add nothing: the loss is the base's own.
-    flags = ["p3-zero", "--base", pipeline_folder, "--out", runs, "--pairs", 44, "--hint-channels", 4, 6, 8, 10]
-    args = ablations.parse_arguments([str(flag) for flag in flags])
-    workshop = ablations_p3.Workshop(vars(args))
-    held_out = workshop.batches(True, 4, 0.0, 0)(0, seeded_generator(0, 3))
-    del held_out["hint"]
-    base = workshop.base
-    own = diffusion_loss(called_with_context(base.unet), held_out, base.schedule, base.prediction, gamma=0.0)
-    assert built["loss_before"] == pytest.approx(float(own), rel=0.01)
-    assert abs(ordinary["loss_before"] - float(own)) > 10 * abs(built["loss_before"] - float(own))
-    for row in (built, ordinary):
-        assert all(0 <= row[f"hint_iou_{k}"] <= 1 for k in (1, 2, 3))
-        assert row["loss"] > 0
-    again, pooled, nothing = measured("p3-hint")
+    again, pooled, nothing = rows = measure("p3-hint", *small)
     assert again == built
-    assert nothing["condition_sensitivity"] == 0 < pooled["condition_sensitivity"]
-    assert len([path for path in runs.iterdir() if (path / "metrics.jsonl").exists()]) == 4
+    # What starts at zero adds nothing: the loss is the base's own.
+    assert built["loss before"] == pooled["loss before"] == nothing["loss before"] != ordinary["loss before"]
+    assert nothing["sensitivity"] == 0 < pooled["sensitivity"]
+    assert all(0 <= row[heading] <= 1 for row in (*rows, ordinary) for heading in ablations_p3.IOU)
     monkeypatch.setattr(Trainer, "take_step", None)
-    assert measured("p3-hint") == [again, pooled, nothing]
+    assert measure("p3-hint", *small) == rows
+    with pytest.raises(UserError, match="--steps 2: must be at least 3"):
+        measure("p3-zero", "--steps", 2)
 
 
-def test_bad_settings_are_told(measured):
-    with pytest.raises(UserError, match="--pairs 10: at least 3, 1 and 11"):
-        measured("p3-zero", "--pairs", 10)
-    with pytest.raises(UserError, match="fold 4 pixels, the base 8"):
-        measured("p3-zero", "--hint-channels", 4, 6, 8)
+def test_words_alone_change_nothing_else(measure, monkeypatch):
+    small = "--steps", 2, "--batch-size", 4, "--count", 2
+    rows = measure("p3-prior", *small)
+    changes = [row["change of ordinary prompts"] for row in rows]
+    assert changes[0] == 0 < min(changes[1:])
+    assert changes[1] != changes[2]
+    assert all(0 <= row["within 10"] <= 1 for row in rows)
+    monkeypatch.setattr(Trainer, "take_step", None)
+    assert measure("p3-prior", *small) == rows

@@ -10,7 +10,7 @@ from PIL import Image
 from common.cli import UserError
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_target
 from p3_personalization import figures
-from p3_personalization.generate import CUSTOM_DIFFUSION, INVERSION, prompt_items
+from p3_personalization.figures import CUSTOM_DIFFUSION, INVERSION
 
 SIZE = 64
 CELL = SIZE + 2
@@ -72,7 +72,7 @@ def test_pictures_that_show_both_are_counted(draw, monkeypatch, capsys):
     monkeypatch.setattr(figures, "draw_prompts", paint)
     result = draw("--count", 20, "--discs")
     prompt = "a <new1> next to a <new2>"
-    assert calls[4:] == [prompt_items(prompt, 20)] * 2
+    assert calls[4:] == [figures.prompt_items(prompt, 20)] * 2
     assert result["both.json"] == {"prompt": prompt, "count": 20, "seed": 0, INVERSION: 0.2, CUSTOM_DIFFUSION: 1.0}
     assert "textual inversion: 20% of 20 pictures show both" in capsys.readouterr().out
     assert result["both.png"].shape[0] == 24 + 2 * CELL + 2
@@ -84,17 +84,20 @@ def test_pictures_that_show_both_are_counted(draw, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--prompt", "a <new1> circle"], "--prompt: prompt 'a <new1> circle': lacks <new2>"),
+        (["--prompt", "a <new1> circle"], "--prompt: prompt 'a <new1> circle': is without <new2>"),
         (["--prompt", "<new1> <new2> <new3>"], "<new3> is no learned word"),
         (["--count", "0"], "--count 0: must be at least 1"),
         (["--references", "absent"], "absent/0: holds no pictures of the concept"),
-        (["--table", "one.json"], "one.json: has one concept; both.png needs two"),
     ],
 )
-def test_bad_arguments_are_one_clear_line(draw, tmp_path, monkeypatch, flags, words):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "one.json").write_text(json.dumps({"0": {"token_name": "<new1>", "prompt": ["<new1>"]}}))
+def test_bad_arguments_are_one_clear_line(draw, tmp_path, flags, words):
     with pytest.raises(UserError) as caught:
         draw(*flags)
     assert words in str(caught.value)
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_one_concept_makes_no_pair(draw, table):
+    table.write_text(json.dumps({"0": {"token_name": "<new1>", "prompt": ["<new1>"]}}))
+    with pytest.raises(UserError, match=r"has one concept; both\.png needs two"):
+        draw()

@@ -1,6 +1,7 @@
 """What the Fall 2024 grader finds: its table, the files, pixels against diffusers' pipeline, and what is refused."""
 
 import json
+import shutil
 import zlib
 
 import numpy as np
@@ -157,12 +158,17 @@ def test_other_files_in_the_way_are_refused_or_removed(drawn, arguments, tmp_pat
     assert len(drawn("--count", 2, "--overwrite")) == 8
 
 
-def test_more_steps_than_the_base_has_are_refused_before_files_go(arguments, tmp_path, refusal):
+def test_more_steps_than_the_base_has_are_refused_before_files_go(arguments, pipeline_folder, tmp_path, refusal):
+    short = tmp_path / "short"
+    shutil.copytree(pipeline_folder, short)
+    file = short / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_train_timesteps": 20}))
     surplus = tmp_path / "out" / "0" / "0" / "surplus.png"
     surplus.parent.mkdir(parents=True)
     surplus.write_bytes(b"old")
-    error = refusal(generate.main, arguments("--steps", 1001, "--overwrite"))
-    assert "--steps 1001: 1001 steps: choose from 1 to 1000" in error
+    args = arguments("--steps", 21, "--overwrite")
+    args.base = short
+    assert "--steps 21: 21 steps: choose from 1 to 20" in refusal(generate.main, args)
     assert surplus.read_bytes() == b"old"
 
 
@@ -194,7 +200,7 @@ def test_bad_flags_are_one_clear_line(arguments, complaint, flags, words):
 @pytest.mark.parametrize(
     ("token", "prompt", "words"),
     [
-        ("<new1>", "a red circle", "lacks <new1>"),
+        ("<new1>", "a red circle", "is without <new1>"),
         ("<new3>", "a <new3> circle", "<new3> is no learned word"),
         ("<new1>", "<new1> beside <other>", "<other> is no learned word"),
     ],

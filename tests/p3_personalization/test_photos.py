@@ -63,6 +63,11 @@ def test_captions_that_cannot_be_used_are_refused(folder, text, template, compla
     assert str(caught.value).startswith(complaint.replace("{folder}", str(folder)))
 
 
+def test_a_folder_without_photos_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no images"):
+        read_photos(tmp_path, "<new1>", 32, ["{}"])
+
+
 def gradient(size):
     """A picture whose red is the row and whose green is the column, -1 to 1."""
     line = (torch.arange(size) + 0.5) / size * 2 - 1

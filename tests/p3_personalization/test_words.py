@@ -1,5 +1,6 @@
 """Learned words and matrices: as diffusers reads them, without a trace in prompts that lack them, or refused."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -52,14 +53,6 @@ def test_diffusers_reads_them_and_gives_the_same_contexts(pipeline_folder, words
     assert (ours[0] - ours[1]).abs().max() > 0.1
 
 
-def test_diffusers_reads_the_file_of_one_word_by_its_path(pipeline_folder, tmp_path):
-    save_words(tmp_path / "deep" / "words.safetensors", random_words(16, new1=2), {})
-    with quiet():
-        pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, local_files_only=True)
-        pipeline.load_textual_inversion(tmp_path / "deep", weight_name="words.safetensors")
-    assert pipeline.tokenizer.convert_tokens_to_ids(["<new1>", "<new1>_1"]) == [190, 191]
-
-
 def test_words_of_diffusers_training_are_read(tmp_path):
     """Its script saves (n, width); files of the concepts library hold (width,)."""
     rows = torch.randn(2, 16)
@@ -103,6 +96,15 @@ def test_all_else_is_shared_and_the_given_base_stays_as_it_is(pipeline_folder, l
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.text_encoder.state_dict().items())
 
 
+def test_words_can_be_added_one_after_the_other_and_in_the_bases_dtype(pipeline_folder, learned_words):
+    base = load_base(pipeline_folder, dtype=torch.bfloat16)
+    once, twice = add_words(base, learned_words), base
+    for token, rows in learned_words.items():
+        twice = add_words(twice, {token: rows})
+    assert once.encode_prompts(PROMPTS).dtype == torch.bfloat16
+    assert torch.equal(once.encode_prompts(PROMPTS), twice.encode_prompts(PROMPTS))
+
+
 @pytest.mark.parametrize(
     ("token", "shape", "complaint"),
     [
@@ -134,30 +136,36 @@ def test_prompts_must_have_the_token_and_no_unknown_one(base, learned_words):
     tokenizer = add_words(base, learned_words).tokenizer
     check_prompts(tokenizer, ["a <new1> and a <NEW2>", "<New1>"], "<new1>")
     check_prompts(tokenizer, ["red", "1 < 2 and 3 > 2", "<new2>"])
-    with pytest.raises(UserError, match=r"^input\.json: prompt 'a dog': lacks <new1>; write it into the prompt$"):
+    with pytest.raises(UserError, match=r"^input\.json: prompt 'a dog': is without <new1>; write the token into it$"):
         check_prompts(tokenizer, ["a <new1>", "a dog"], "<new1>", "input.json: ")
     with pytest.raises(UserError, match=r"^prompt 'a <new1> and a <new3>': <new3> is no learned word"):
         check_prompts(tokenizer, ["a <new1> and a <new3>"], "<new1>")
+
+
+def test_words_of_several_files_are_put_together(tmp_path):
+    one, two = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    save_words(one, random_words(16, new1=1), {})
+    save_words(two, random_words(16, new2=2), {})
+    assert list(load_words(one, two)) == ["<new1>", "<new2>"]
+    shutil.copy(one, two)
+    with pytest.raises(UserError, match=f"^{two}: has <new1>, as an earlier file has"):
+        load_words(one, two)
 
 
 @pytest.mark.parametrize(
     ("tensors", "complaint"),
     [
         ({"conv.weight": torch.zeros(2, 3)}, "holds conv.weight, which is no learned word"),
-        ({"<new2>": torch.zeros(1, 2, 3)}, "holds <new2>, which is no learned word"),
-        ({"<new1>": torch.zeros(2, 3)}, "has <new1>, as an earlier file has"),
+        ({"<new1>": torch.zeros(1, 2, 3)}, "holds <new1>, which is no learned word"),
         ({}, "holds no words such as <new1>"),
-        (None, "no such weights file"),
     ],
 )
-def test_words_of_several_files_are_put_together_or_refused(tmp_path, tensors, complaint):
-    one, two = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
-    save_words(one, random_words(16, new1=1), {})
-    save_words(two, random_words(16, new2=2), {})
-    assert list(load_words(one, two)) == ["<new1>", "<new2>"]
-    two.unlink() if tensors is None else save_file(tensors, two)
-    with pytest.raises(UserError, match=f"^{two}: {complaint}"):
-        load_words(one, two)
+def test_files_of_something_else_are_refused(tmp_path, tensors, complaint):
+    save_file(tensors, path := tmp_path / "words.safetensors")
+    with pytest.raises(UserError, match=f"^{path}: {complaint}"):
+        load_words(path)
+    with pytest.raises(UserError, match="no such weights file"):
+        load_words(tmp_path / "none.safetensors")
 
 
 def test_the_matrices_are_all_keys_and_values_of_the_context(base):

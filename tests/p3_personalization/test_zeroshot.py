@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
-from latent_diffusion.miniature.scenes import held_out
+from latent_diffusion.miniature.scenes import held_out, random_scenes
 from p3_personalization import zeroshot
 from p3_personalization.zeroshot import ZeroShotData
 
@@ -80,10 +80,14 @@ def test_circles_are_held_out_and_depend_on_their_number_alone():
     data, some = (zeroshot.make_circles(classes, count, seed=3) for count in (40, 10))
     assert torch.equal(data.labels[:10], some.labels)
     assert set(data.labels.tolist()) == {0, 1, 2}
-    for k, label in enumerate(data.labels.tolist()):
-        background = next(name for name, rgb in COLOURS.items() if rgb == tuple(data.read(k)[0, 0]))
-        assert held_out(classes[label], background)
-        assert (data.read(k) == COLOURS[classes[label]]).all(axis=-1).any()
+    scenes = (scene for scene in random_scenes(10**6, zeroshot.SIZE, 3, circles=(1,), held_out=True))
+    scenes = (scene for scene in scenes if scene.circles[0].colour in classes)
+    for k, scene in zip(range(40), scenes):
+        disc = scene.circles[0].colour
+        assert held_out(disc, scene.background)
+        assert classes[data.labels[k]] == disc
+        present = {tuple(pixel) for pixel in data.read(k).reshape(-1, 3).tolist()}
+        assert {COLOURS[disc], COLOURS[scene.background]} <= present
     assert np.array_equal(data.read(9), some.read(9))
     assert not np.array_equal(data.read(0), zeroshot.make_circles(classes, 10, seed=4).read(0))
 
