@@ -31,9 +31,21 @@ DRAWN = {
     "data": (DATA, "the course's digits, to compare with; without them only accuracy is measured"),
 }
 SHIPPED = {"weights": (WEIGHTS, "digit weights")} | DRAWN
-SCALE = {"scale": (6.0, "guidance scale")}
+SCALE, SCALES = {"scale": (6.0, "guidance scale")}, {"scales": ([1.0, 2.0, 4.0, 6.0, 8.0, 12.0], "guidance scales")}
+STEPS = {"steps": ([5, 10, 20, 50], "numbers of steps")}
+TRAINED = (
+    DRAWN
+    | RUNS
+    | {
+        "scale": (2.0, "guidance scale"),
+        "training_steps": (2400, "steps of each training"),
+        "batch_size": (64, "images in a step"),
+        "widths": ([64, 128], "channels of each level"),
+    }
+)
 FACTS = "{count} images of each digit and domain, seed {seed}, "
-TEN_STEPS = "10 steps of DPM-Solver++"
+GUIDED = FACTS + "guidance {scale}, 10 steps of DPM-Solver++"
+TRAINING = "Two trainings of {training_steps} steps of {batch_size} images, widths {widths}, rate 0.001, seed 0; then "
 
 
 def judge(settings: Settings, ways: Iterable[tuple[str, DigitSampler, dict[str, Any]]]) -> Rows:
@@ -108,18 +120,17 @@ def joint_state(model: ContextUNet) -> dict[str, Tensor]:
     return state | {"context.weight": model.context(labels).detach()}
 
 
-def save_joint(path: Path) -> Callable:
-    """As `save_half`, but the weights of `joint_state`, in fp32."""
-    return lambda averaged, facts: save_tensors(path, joint_state(averaged), facts)
-
-
 def measure_classes(settings: Settings) -> Rows:
     """Joint classes against separate embeddings of domain and digit."""
+
+    def save(path: Path) -> Callable:
+        return lambda averaged, facts: save_tensors(path, joint_state(averaged), facts)
+
     widths, ways, losses = settings["widths"], [], []
     config = DigitTraining(data=settings["data"], widths=widths, blocks=[1] * len(widths))
     options = TrainingOptions(steps=settings["training_steps"], batch_size=settings["batch_size"], lr=1e-3, **SHORT)
     for variant, make_model in {"joint: 20 rows": ContextUNet, "separate: 2 + 10 rows": make_separate}.items():
-        path = train(replace(config, out=run_folder(settings, variant)), options, make_model, save_joint)
+        path = train(replace(config, out=run_folder(settings, variant)), options, make_model, save)
         losses.append({"validation loss": load_about(path)["validation_loss"]})
         ways.append((variant, DigitSampler(path), {"guidance_scale": settings["scale"]}))
     *rows, real = judge(settings, ways)
@@ -128,37 +139,11 @@ def measure_classes(settings: Settings) -> Rows:
 
 P1 = {
     "p1-guidance": Ablation(
-        measure_guidance,
-        SHIPPED | {"scales": ([1.0, 2.0, 4.0, 6.0, 8.0, 12.0], "guidance scales")},
-        COLUMNS,
-        FACTS + TEN_STEPS,
-        "`guidance_scale`",
+        measure_guidance, SHIPPED | SCALES, COLUMNS, FACTS + "10 steps of DPM-Solver++", "`guidance_scale`"
     ),
-    "p1-interval": Ablation(
-        measure_interval, SHIPPED | SCALE, COLUMNS, FACTS + "guidance {scale}, " + TEN_STEPS, "`guidance_interval`"
-    ),
-    "p1-steps": Ablation(
-        measure_steps,
-        SHIPPED | SCALE | {"steps": ([5, 10, 20, 50], "numbers of steps")},
-        COLUMNS,
-        FACTS + "guidance {scale}",
-        "sampler, steps",
-    ),
+    "p1-interval": Ablation(measure_interval, SHIPPED | SCALE, COLUMNS, GUIDED, "`guidance_interval`"),
+    "p1-steps": Ablation(measure_steps, SHIPPED | SCALE | STEPS, COLUMNS, FACTS + "guidance {scale}", "sampler, steps"),
     "p1-classes": Ablation(
-        measure_classes,
-        DRAWN
-        | {
-            "scale": (2.0, "guidance scale"),
-            "training_steps": (2400, "steps of each training"),
-            "batch_size": (64, "images in a step"),
-            "widths": ([64, 128], "channels of each level"),
-            **RUNS,
-        },
-        {"validation loss": "{:.4f}"} | COLUMNS,
-        "Two trainings of {training_steps} steps of {batch_size} images, widths {widths}, rate 0.001, seed 0; then "
-        + FACTS
-        + "guidance {scale}, "
-        + TEN_STEPS,
-        "classes",
+        measure_classes, TRAINED, {"validation loss": "{:.4f}"} | COLUMNS, TRAINING + GUIDED, "classes"
     ),
 }

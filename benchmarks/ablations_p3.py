@@ -3,11 +3,9 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.ablation_tables import RUNS, SHORT, Ablation, Rows, Settings, run_folder
 from common.cli import check, say
@@ -29,36 +27,12 @@ from p3_personalization.learning import ConceptOptions
 from p3_personalization.words import add_words, load_custom, load_words
 
 IOU = [f"hint IoU, {part}" for part in ("a third of the steps", "two thirds", "all")]
+CHANGES = "difference from the concept", f"within {NEAR:g}", "change of ordinary prompts"
 CONTROLNET = {"hint_channels": (16, 32, 48, 64), "guidance_scale": 2.0, "watched": 32, "validated": 128}
 DRAWING = PromptOptions(steps=20, guidance_scale=2.0)
 SCENE_SIZE = 128  # pixels; only the scenes' prompts are used
 CLASS_IMAGES = 100
 STARTS = {"0": "purple", "1": "olive"}  # the concepts' folders, and the words that training starts from
-
-
-class PooledHint(nn.Module):
-    """In place of the hint encoder: the hint averaged over the pixels of a latent, and one convolution.
-
-    Args:
-        hint_channels: colour channels of the hint.
-        factor: pixels a latent, along a side.
-        out_channels: width of the U-Net's first level.
-    """
-
-    def __init__(self, hint_channels: int, factor: int, out_channels: int):
-        super().__init__()
-        self.factor = factor
-        self.conv = zeroed(nn.Conv2d(hint_channels, out_channels, 3, padding=1))
-
-    def forward(self, hint: Tensor) -> Tensor:
-        return self.conv(F.avg_pool2d(hint, self.factor))
-
-
-class NoHint(PooledHint):
-    """In place of the hint encoder: zeros, whatever the hint."""
-
-    def forward(self, hint: Tensor) -> Tensor:
-        return 0 * super().forward(hint)
 
 
 def without_zeros(config: ControlNetTraining, base: Base) -> ControlNet:
@@ -70,13 +44,19 @@ def without_zeros(config: ControlNetTraining, base: Base) -> ControlNet:
     return controlnet
 
 
-def with_hint(kind: type[PooledHint], config: ControlNetTraining, base: Base) -> ControlNet:
-    """A new ControlNet with another hint encoder."""
+def with_pooled_hint(config: ControlNetTraining, base: Base, learned: bool = True) -> ControlNet:
+    """A new ControlNet whose hint is averaged over the pixels of a latent, then goes through one zero convolution."""
     controlnet = make_controlnet(config, base)
-    sizes, first = controlnet.config, controlnet.config.block_out_channels[0]
-    hint = kind(sizes.conditioning_channels, sizes.hint_factor, first)
-    controlnet.controlnet_cond_embedding = hint.to(controlnet.conv_in.weight.device)
+    sizes = controlnet.config
+    convolution = zeroed(nn.Conv2d(sizes.conditioning_channels, sizes.block_out_channels[0], 3, padding=1))
+    pool = nn.AvgPool2d(sizes.hint_factor)
+    controlnet.controlnet_cond_embedding = nn.Sequential(pool, convolution.requires_grad_(learned))
     return controlnet
+
+
+def without_hint(config: ControlNetTraining, base: Base) -> ControlNet:
+    """A new ControlNet to which the hint never gets through."""
+    return with_pooled_hint(config, base, learned=False)
 
 
 def train_each(settings: Settings, variants: Mapping[str, Callable]) -> Rows:
@@ -112,8 +92,8 @@ def measure_zero(settings: Settings) -> Rows:
 
 def measure_hint(settings: Settings) -> Rows:
     """The hint encoder against a pooled hint and none."""
-    pooled, none = partial(with_hint, PooledHint), partial(with_hint, NoHint)
-    return train_each(settings, {"as built": make_controlnet, "pooled hint, one convolution": pooled, "no hint": none})
+    variants = {"as built": make_controlnet, "pooled hint, one convolution": with_pooled_hint, "no hint": without_hint}
+    return train_each(settings, variants)
 
 
 def learn_concepts(settings: Settings, base: Base, variant: str, class_share: float | None) -> Base:
@@ -151,42 +131,39 @@ def measure_prior(settings: Settings) -> Rows:
             pictures = draw_prompts(knowing, items, options).permute(0, 2, 3, 1).numpy()
             differences += [disc_difference(picture, colours[entry.number]) for picture in pictures]
         median, near = float(np.median(differences)), float((np.asarray(differences) <= NEAR).mean())
-        row = {"variant": variant, "difference from the concept": median if np.isfinite(median) else None}
-        change = (after.double() - before.double()).square().mean().item()
-        rows.append(row | {f"within {NEAR:g}": near, "change of ordinary prompts": change})
+        figures = (
+            median if np.isfinite(median) else None,
+            near,
+            (after.double() - before.double()).square().mean().item(),
+        )
+        rows.append({"variant": variant} | dict(zip(CHANGES, figures)))
     return rows
 
 
-ZERO_AND_HINT = (
-    {
-        "steps": (300, "steps of each training"),
-        "batch_size": (64, "pairs in a step"),
-        "seed": (0, "seed of weights, order and noise"),
-        "pairs": (3000, "circles to draw and train on, less every eleventh"),
-        "size": (128, "side of the pictures, pixels"),
-        "base": (BASE, "the frozen model"),
-        **RUNS,
-    },
-    dict.fromkeys(("loss before", "after", "sensitivity"), "{:.4f}") | dict.fromkeys(IOU, "{:.3f}"),
+TRAINED = {"base": (BASE, "the frozen model"), "seed": (0, "seed of weights, order and noise")} | RUNS
+CIRCLES = TRAINED | {
+    "steps": (300, "steps of each training"),
+    "batch_size": (64, "pairs in a step"),
+    "pairs": (3000, "circles to draw and train on, less every eleventh"),
+    "size": (128, "side of the pictures, pixels"),
+}
+WORDS = TRAINED | {
+    "steps": (400, "steps of each training"),
+    "batch_size": (16, "pictures in a step"),
+    "count": (25, "pictures of each concept, and of ordinary prompts"),
+}
+WATCHED = dict.fromkeys(("loss before", "after", "sensitivity"), "{:.4f}") | dict.fromkeys(IOU, "{:.3f}")
+CIRCLE_FACTS = (
     "Each trained for {steps} steps of {batch_size} pairs on {pairs} circles, rate 0.001, seed {seed}, hint encoder"
-    " 16 32 48 64; loss of 128 held-out pairs, IoU of 32 drawn with guidance 2",
+    " 16 32 48 64; loss of 128 held-out pairs, IoU of 32 drawn with guidance 2"
+)
+WORD_FACTS = (
+    "Each trained for {steps} steps of {batch_size} pictures, seed {seed}; {count} pictures of each concept and of"
+    " ordinary prompts, guidance 2. Difference: CIEDE2000 of the disc most like the concept, the median; change:"
+    " mean squared error on the 0-255 scale"
 )
 P3 = {
-    "p3-zero": Ablation(measure_zero, *ZERO_AND_HINT),
-    "p3-hint": Ablation(measure_hint, *ZERO_AND_HINT),
-    "p3-prior": Ablation(
-        measure_prior,
-        {
-            "steps": (400, "steps of each training"),
-            "batch_size": (16, "pictures in a step"),
-            "seed": (0, "seed of order and noise, and of what is drawn"),
-            "count": (25, "pictures of each concept, and of ordinary prompts"),
-            "base": (BASE, "the frozen model"),
-            **RUNS,
-        },
-        {"difference from the concept": "{:.1f}", f"within {NEAR:g}": "{:.0%}", "change of ordinary prompts": "{:.4g}"},
-        "Each trained for {steps} steps of {batch_size} pictures, seed {seed}; {count} pictures of each concept and of"
-        " ordinary prompts, guidance 2. Difference: CIEDE2000 of the disc most like the concept, the median; change:"
-        " mean squared error on the 0-255 scale",
-    ),
+    "p3-zero": Ablation(measure_zero, CIRCLES, WATCHED, CIRCLE_FACTS),
+    "p3-hint": Ablation(measure_hint, CIRCLES, WATCHED, CIRCLE_FACTS),
+    "p3-prior": Ablation(measure_prior, WORDS, dict(zip(CHANGES, ("{:.1f}", "{:.0%}", "{:.4g}"))), WORD_FACTS),
 }

@@ -85,15 +85,7 @@ def time_in_turn(works: Mapping[str, Work], repeats: int, warm_up: bool = True) 
 def measure_rate(
     network: Callable[..., Tensor], inputs: Sequence[Tensor], passes: int, seconds: float, args
 ) -> Figures:
-    """What a network computes a second, and its share of the rate of a matrix product, the practical ceiling.
-
-    Args:
-        network: called as network(*inputs) in each pass of one image.
-        inputs: of a pass.
-        passes: how many took `seconds`.
-        seconds: of all passes.
-        args: with the device and the precision.
-    """
+    """What a network, called as network(*inputs) in each pass, computes a second; a matrix product is the ceiling."""
     with FlopCounterMode(display=False) as counter, torch.no_grad(), autocast(args.device, args.precision):
         network(*(tensor.to(args.device) for tensor in inputs))
     flops = counter.get_total_flops()
@@ -227,9 +219,8 @@ def measure_circles(args) -> Figures:
     return {"seconds": seconds, "difference": {"diffusers": compare(*pictures.values())}}
 
 
-def add_problem(kinds: Any, measure: Callable, images: int, steps: int, batch_size: int | None) -> Parser:
-    """Add the subcommand of a problem, with the flags that all have; returns its parser."""
-    name = {measure_digits: "p1", measure_faces: "p2", measure_circles: "p3"}[measure]
+def add_problem(kinds: Any, name: str, measure: Callable, images: int, steps: int, batch_size: int | None):
+    """Add the subcommand of a problem, with the flags that all have; returns the group of its own flags."""
     parser = kinds.add_parser(name, prog=f"speed.py {name}", description=measure.__doc__, help=measure.__doc__)
     parser.set_defaults(measure=measure)
     add_json_argument(parser)
@@ -240,21 +231,21 @@ def add_problem(kinds: Any, measure: Callable, images: int, steps: int, batch_si
     work.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     work.add_argument("--precision", choices=PRECISIONS, default="auto", help="precision of ours and of diffusers")
     work.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, ...")
-    return parser
+    return parser.add_argument_group("problem")
 
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="speed.py", description=__doc__)
     kinds = parser.add_subparsers(dest="problem", metavar="PROBLEM", required=True, help="what to time")
-    digits = add_problem(kinds, measure_digits, 100, 10, 128).add_argument_group("digits")
+    digits = add_problem(kinds, "p1", measure_digits, 100, 10, 128)
     digits.add_argument("--weights", type=Path, default=DIGITS, help="digit weights")
-    faces = add_problem(kinds, measure_faces, 10, 50, None).add_argument_group("faces")
+    faces = add_problem(kinds, "p2", measure_faces, 10, 50, None)
     faces.add_argument("--weights", type=Path, default=FACES, help="weights of train.py, or UNet.pt")
     faces.add_argument("--course", action="store_true", help="random weights for the course's network instead")
     faces.add_argument("--size", type=int, help="side of the images (default: what the weights were trained on)")
     faces.add_argument("--compile", action="store_true", help="torch.compile the network of ours and of diffusers")
     faces.add_argument("--loop-images", type=int, default=1, help="images that the plain loop draws")
-    circles = add_problem(kinds, measure_circles, 16, 20, 8).add_argument_group("circles")
+    circles = add_problem(kinds, "p3", measure_circles, 16, 20, 8)
     circles.add_argument("--base", type=Path, default=BASE, help="diffusers folder of the frozen model")
     circles.add_argument("--controlnet", type=Path, default=CONTROLNET, help="diffusers folder of the ControlNet")
     circles.add_argument("--examples", type=Path, default=EXAMPLES, help="folder with prompt.json and source/")

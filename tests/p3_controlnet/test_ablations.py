@@ -3,10 +3,8 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from benchmarks import ablations, ablations_p3
-from benchmarks.ablations_p3 import PooledHint
 from common.cli import UserError
 from common.training import Trainer
 from p3_controlnet import watch
@@ -33,13 +31,6 @@ def measure(pipeline_folder, tmp_path):
         return ablations.main(ablations.parse_arguments([str(argument) for argument in (name, *flags)]))["rows"]
 
     return measure
-
-
-def test_a_pooled_hint_is_the_mean_over_a_latents_pixels():
-    pooled = PooledHint(3, 4, 3)
-    hint = torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
-    torch.nn.init.dirac_(pooled.conv.weight)
-    assert (pooled(hint) - hint.reshape(2, 3, 2, 4, 3, 4).mean(dim=(3, 5))).abs().max() < 1e-6
 
 
 def test_what_is_left_out_shows_and_runs_are_kept(measure, monkeypatch):
