@@ -1,24 +1,26 @@
-"""Judge drawn circles: do they lie where the hints say, and have they the colours that the prompts name?
+"""Judge drawn circles: are they where the hints say, in the colours that the prompts name?
 
 python evaluate.py JSON SOURCE OUT        # what hw2_3.sh was given, and what it has drawn
 python evaluate.py                        # what it draws by default
 
-Figures of each picture, then over all of them:
-  iou      area at the centre, hint against picture: intersection over union, the first factor of the course's score
-  discs    the same for every disc of the hint
-  colours  CIEDE2000 from the colour that the prompt names to that of each disc and of the background: right up to 10
-  score    iou (cos + 1) / 2, where cos compares picture and prompt by CLIP; the course takes the mean of the ten best
+Measures, of each picture and over all:
+  iou            of the areas at the centre of hint and picture: the first factor of the course's score
+  disc_iou       the same for every disc of the hint
+  difference     CIEDE2000 from a named colour to that of its disc or background; up to 10 it is right
+  colours_right  whether the colours of all discs and of the background are right
+  cosine         of picture and prompt, by CLIP
+  score          iou (cosine + 1) / 2, of which the course takes the mean of the ten best
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import pandas as pd
 
 from common.cli import Parser, add_json_argument, check_json, progress, run, write_json
 from common.data import read_image
@@ -42,43 +44,6 @@ from p3_controlnet.sample import add_places
 BEST = 10  # pictures that the course's score is the mean of
 
 
-@dataclass(frozen=True)
-class Area:
-    """A disc, or the background, of one picture.
-
-    Attributes:
-        iou: of the hint's disc and the area of one colour at its middle; None for the background.
-        named: its colour's name in the prompt; None if the prompt does not tell.
-        nearest: the name of the colour nearest to its median, among COLOURS.
-        difference: CIEDE2000 between its median and the named colour; None if the prompt does not tell.
-    """
-
-    iou: float | None
-    named: str | None
-    nearest: str
-    difference: float | None
-
-    @property
-    def right(self) -> bool | None:
-        """Whether the colour is near the named one; None if the prompt does not tell."""
-        return None if self.difference is None else self.difference <= NEAR
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What one picture is worth; `discs` are those of the hint, from left to right."""
-
-    iou: float
-    discs: list[Area]
-    background: Area
-
-    @property
-    def colours_right(self) -> bool | None:
-        """Whether all colours are right; None if the prompt does not tell them all."""
-        rights = [area.right for area in (*self.discs, self.background)]
-        return None if None in rights else all(rights)
-
-
 def wanted_colours(prompt: str, discs: int) -> list[str | None]:
     """The names that a prompt gives to so many discs, then to the background; None for each that it does not tell."""
     named, background = read_prompt(prompt) or ([], None)
@@ -89,20 +54,27 @@ def wanted_colours(prompt: str, discs: int) -> list[str | None]:
     return [name if name and colour_named(name) else None for name in (*named, background)]
 
 
-def judge_area(image: np.ndarray, region: np.ndarray, named: str | None, iou: float | None = None) -> Area:
-    """Compare the colour that an image has in a region with the named one."""
+def judge_area(image: np.ndarray, region: np.ndarray, named: str | None, iou: float | None = None) -> dict[str, Any]:
+    """Compare the colour that an image has in a region with the named one; what the prompt does not tell is None."""
     lab = rgb_to_lab(median_colour(image, region))
     nearest = list(COLOURS)[ciede2000(lab, rgb_to_lab(list(COLOURS.values()))).argmin()]
-    return Area(iou, named, nearest, named and float(ciede2000(lab, rgb_to_lab(colour_named(named)))))
+    difference = named and float(ciede2000(lab, rgb_to_lab(colour_named(named))))
+    right = named and difference <= NEAR
+    return {"iou": iou, "named": named, "nearest": nearest, "difference": difference, "right": right}
 
 
-def judge(hint: np.ndarray, image: np.ndarray, prompt: str) -> Judgement:
-    """Judge one picture by its hint and its prompt; both images are uint8 (H, W, 3) of one size."""
+def judge(hint: np.ndarray, image: np.ndarray, prompt: str) -> dict[str, Any]:
+    """Judge one picture by its hint and its prompt; both images are uint8 (H, W, 3) of one size.
+
+    Discs are those of the hint, from left to right; whether all colours are right is None if the prompt does not tell.
+    """
     regions, background = circle_regions(hint_regions(hint))
-    *names, background_name = wanted_colours(prompt, len(regions))
+    names = wanted_colours(prompt, len(regions))
     ious = [intersection_over_union(region, region_at(image, deepest(region))) for region in regions]
-    discs = [judge_area(image, *disc) for disc in zip(regions, names, ious)]
-    return Judgement(centre_iou(hint, image), discs, judge_area(image, background, background_name))
+    areas = [judge_area(image, *area) for area in zip([*regions, background], names, [*ious, None])]
+    rights = [area["right"] for area in areas]
+    known = {"iou": centre_iou(hint, image), "colours_right": None if None in rights else all(rights)}
+    return known | {"discs": areas[:-1], "background": areas[-1]}
 
 
 def course_score(iou: Sequence[float], cosines: Sequence[float], best: int | None = BEST) -> float:
@@ -117,40 +89,28 @@ def mean(values: Sequence[float | bool | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def summarise(judgements: Sequence[Judgement], cosines: Sequence[float] | None = None) -> dict[str, Any]:
+def summarise(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Figures over all pictures; those that no prompt or hint could give are None."""
-    discs = [disc for judgement in judgements for disc in judgement.discs]
-    backgrounds, iou = [judgement.background for judgement in judgements], [judgement.iou for judgement in judgements]
-    figures: dict[str, Any] = {"images": len(judgements), "iou": mean(iou), "disc_iou": mean([d.iou for d in discs])}
+    discs = [disc for image in images for disc in image["discs"]]
+    backgrounds, iou = [image["background"] for image in images], [image["iou"] for image in images]
+    figures = {"images": len(images), "iou": mean(iou), "disc_iou": mean([disc["iou"] for disc in discs])}
     for name, areas in (("disc", discs), ("background", backgrounds)):
-        figures[f"{name}_difference"] = mean([area.difference for area in areas])
-        figures[f"{name}_right"] = mean([area.right for area in areas])
-    figures["colours_right"] = mean([judgement.colours_right for judgement in judgements])
-    if cosines is not None:
-        figures["cosine"] = mean(cosines)
-        figures["score_best"], figures["score_all"] = (course_score(iou, cosines, best) for best in (BEST, None))
+        for what in ("difference", "right"):
+            figures[f"{name}_{what}"] = mean([area[what] for area in areas])
+    figures["colours_right"] = mean([image["colours_right"] for image in images])
+    if "cosine" in images[0]:
+        cosines = [image["cosine"] for image in images]
+        figures |= {"cosine": mean(cosines), "score_best": course_score(iou, cosines)}
+        figures["score_all"] = course_score(iou, cosines, best=None)
     return figures
-
-
-def print_rows(pairs: Sequence[Pair], judgements: Sequence[Judgement], cosines: Sequence[float] | None) -> None:
-    """Print a row a picture."""
-    width = max(len(pair.target) for pair in pairs)
-    print(f"{'':<{width}}    iou  discs               CIEDE2000: discs, background   cos")
-    for i, (pair, judgement) in enumerate(zip(pairs, judgements)):
-        ious = " ".join(f"{disc.iou:.3f}" for disc in judgement.discs)
-        areas = (*judgement.discs, judgement.background)
-        differences = " ".join("    -" if area.difference is None else f"{area.difference:5.1f}" for area in areas)
-        cos = "" if cosines is None else f"{cosines[i]:.3f}"
-        print(f"{pair.target:<{width}}  {judgement.iou:.3f}  {ious:<18}  {differences:<28}  {cos}".rstrip())
 
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="evaluate.py", description=__doc__)
     add_places(parser, "folder of the pictures")
-    parser.add_argument(
-        "--clip", type=Path, metavar="FOLDER", help="CLIP model (default: the project's, if it is there)"
-    )
-    parser.add_argument("--keep-going", action="store_true", help="skip lines that cannot be judged")
+    judging = parser.add_argument_group("judging")
+    judging.add_argument("--clip", type=Path, metavar="FOLDER", help="CLIP model (default: the project's own)")
+    judging.add_argument("--keep-going", action="store_true", help="skip lines that cannot be judged")
     add_json_argument(parser)
     return parser.parse_args(argv)
 
@@ -163,32 +123,23 @@ def main(args) -> dict[str, Any]:
     """
     check_json(args.json)
     folder = args.clip or (miniature.CLIP if miniature.CLIP.is_dir() else None)
-    clip = Clip(folder) if folder else None
+    clip, pictures = Clip(folder) if folder else None, []
 
-    def judge_pair(pair: Pair) -> tuple[Pair, np.ndarray, Judgement]:
-        height, width, _ = read_pair_image(pair, args.source, size=None).shape
-        side = max(height, width)
-        hint, picture = (
-            read_pair_image(pair, args.source, side),
-            read_image(args.out / pair.target, side, f"{pair.where}: "),
-        )
-        return pair, picture, judge(hint, picture, pair.prompt)
+    def judge_pair(pair: Pair) -> dict[str, Any]:
+        side = max(read_pair_image(pair, args.source, size=None).shape[:2])
+        picture = read_image(args.out / pair.target, side, f"{pair.where}: ")
+        judgement = judge(read_pair_image(pair, args.source, side), picture, pair.prompt)
+        pictures.append(picture)
+        return {"target": pair.target, "prompt": pair.prompt} | judgement
 
-    drawn = read_pairs(args.table, args.keep_going)
-    pairs, pictures, judgements = zip(*usable(judge_pair, progress(drawn, "judging", "picture"), args.keep_going))
-    cosines = clip.cosines(pictures, [pair.prompt for pair in pairs]) if clip else None
-    print_rows(pairs, judgements, cosines)
-    summary = summarise(judgements, cosines)
-    print()
-    for name, value in summary.items():
-        print(f"{name:<22}" + (f"{value:9.4f}" if isinstance(value, float) else f"{value!s:>9}"))
-    images = [
-        {"target": pair.target, "prompt": pair.prompt, "colours_right": judgement.colours_right} | asdict(judgement)
-        for pair, judgement in zip(pairs, judgements)
-    ]
-    for image, cosine in zip(images, cosines or []):
-        image["cosine"] = cosine
-    result = {"summary": summary, "images": images}
+    pairs = read_pairs(args.table, args.keep_going)
+    images = usable(judge_pair, progress(pairs, "judging", "picture"), args.keep_going)
+    if clip:
+        for image, cosine in zip(images, clip.cosines(pictures, [image["prompt"] for image in images])):
+            image["cosine"] = cosine
+    result = {"summary": summarise(images), "images": images}
+    print(pd.DataFrame(images).drop(columns=["discs", "background"]).to_string(index=False, float_format="%.3f"))
+    print(pd.Series(result["summary"]).to_string(float_format="%.4f"))
     write_json(args.json, result)
     return result
 
