@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,22 +76,13 @@ def hash_weights(model: nn.Module, *facts: object) -> str:
     return digest.hexdigest()
 
 
-def hash_targets(pairs: Sequence[Pair], folder: Path) -> list[str]:
-    """A hash of each target's file.
-
-    Raises:
-        UserError: a file is missing; with the table's line.
-    """
-
-    def hash_target(pair: Pair) -> str:
-        path = locate(pair.target, folder, "target")
-        try:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise UserError(f"{pair.where}: {path}: {error.strerror}; fix the name or add the file") from None
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(hash_target, pairs))
+def hash_target(pair: Pair, folder: Path) -> str:
+    """A hash of the target's file; raises a `UserError` with the table's line if it is missing."""
+    path = locate(pair.target, folder, "target")
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{pair.where}: {path}: {error.strerror}; fix the name or add the file") from None
 
 
 def encode_shards(
@@ -102,7 +94,7 @@ def encode_shards(
     rank: int = 0,
     processes: int = 1,
 ) -> Shards:
-    """Rows made of sources, as fp16: shards that lie in the folder are taken, the others made and written there.
+    """Rows as fp16: shards that lie in the folder are taken, the others made and written there, or kept in memory.
 
     Processes that share a run each make their part of the missing shards and wait for the others'.
 
@@ -111,7 +103,6 @@ def encode_shards(
         sources: one a row: what it is made of, or a hash of that.
         base_hash: of the weights that make it.
         encode: from a range of rows to the rows, fp16 on the CPU.
-        folder: of the shards; None keeps them in memory.
 
     Raises:
         UserError: a file cannot be written, or is no safetensors file.
@@ -137,9 +128,7 @@ def encode_shards(
 
 
 def encode_pairs(base: Base, pairs: Sequence[Pair], data: Path, size: int, folder: Path | None = None) -> Cache:
-    """The pairs' latents and contexts: from shards in a folder as far as they are there, else encoded.
-
-    Targets lie in `data` and are resized to squares of `size`. Without a folder the shards stay in memory.
+    """The latents of the targets in `data`, resized to squares of `size`, and the prompts' contexts.
 
     Raises:
         UserError: a target is missing or broken, or a shard cannot be written.
@@ -164,8 +153,10 @@ def encode_pairs(base: Base, pairs: Sequence[Pair], data: Path, size: int, folde
     words = json.loads(base.tokenizer.backend_tokenizer.to_str())["model"]
     text_hash = hash_weights(base.text_encoder, words)
     image_hash = hash_weights(base.vae, base.vae.config.scaling_factor, size)
+    with ThreadPoolExecutor() as pool:
+        targets = list(pool.map(partial(hash_target, folder=data), pairs))
     return Cache(
-        encode_shards("latents", hash_targets(pairs, data), image_hash, encode_targets, folder, *process),
+        encode_shards("latents", targets, image_hash, encode_targets, folder, *process),
         encode_shards("contexts", distinct, text_hash, encode_prompts, folder, *process),
         torch.tensor([row[pair.prompt] for pair in pairs]),
     )

@@ -23,8 +23,11 @@ def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="export.py", description=__doc__)
     parser.add_argument("controlnet", type=Path, metavar="CONTROLNET", help="a folder, or one file")
     parser.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file, or diffusers' folder")
-    parser.add_argument("--layout", choices=("original", "diffusers"), default="original", help="how weights are named")
-    parser.add_argument("--fp32", action="store_true", help="write fp32, twice the size, to train on from it")
+    weights = parser.add_argument_group("weights")
+    weights.add_argument(
+        "--layout", choices=("original", "diffusers"), default="original", help="how weights are named"
+    )
+    weights.add_argument("--fp32", action="store_true", help="write fp32, twice the size, to train on from it")
     return parser.parse_args(argv)
 
 

@@ -2,10 +2,9 @@
 
 python fill50k.py runs/fill50k --count 20000                       # one circle or two
 python fill50k.py runs/test --count 200 --circles 1 --held-out     # colour pairs that training never shows
+python fill50k.py examples --count 20 --circles 1 --held-out --seed 2025 --report    # the examples of the project
 
-OUT gets prompt.json (a line an image), source/ (outlines, white on black) and target/ (discs on a background). The
-examples that come with the project were made with
-    python fill50k.py examples --count 20 --circles 1 --held-out --seed 2025 --report
+OUT gets prompt.json (a line an image), source/ (outlines, white on black) and target/ (discs on a background).
 """
 
 import json
@@ -50,11 +49,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> Path:
-    """Write the images and their table; returns the table's path.
-
-    Raises:
-        UserError: a value out of its range, or a folder that cannot be written.
-    """
+    """Write the images and their table; returns the table's path."""
     check("count", args.count, args.count >= 1, "at least 1")
     check("size", args.size, args.size >= SMALLEST, f"at least {SMALLEST}")
     scenes = random_scenes(args.count, args.size, args.seed, CIRCLES[args.circles], args.held_out)

@@ -24,19 +24,13 @@ def fade(patch: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def in_patches(network: Callable[..., Tensor], patch: int, stride: int, cut: Sequence[str]) -> Callable[..., Tensor]:
-    """The network applied to every patch of its input, and its predictions put together again.
+    """The network, called as network(xt, t, **condition), on every patch of its input, with one prediction of all.
 
     Args:
-        network: called as network(xt, t, **condition).
-        patch: side of a patch, positions of xt; a smaller picture is one patch.
-        stride: from one patch to the next, at most `patch`.
+        patch: side of a patch in positions of xt; a smaller picture is one patch.
+        stride: from one patch to the next; at most `patch`, else there are gaps.
         cut: conditions that lie on the grid of xt, (..., H, W), and are cut as xt is.
-
-    Raises:
-        ValueError: the stride leaves gaps.
     """
-    if not 1 <= stride <= patch:
-        raise ValueError(f"stride {stride}: choose from 1 to the patch's side, {patch}")
 
     def whole(xt: Tensor, t: Tensor, **condition) -> Tensor:
         height, width = (min(patch, side) for side in xt.shape[-2:])

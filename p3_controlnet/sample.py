@@ -27,11 +27,12 @@ EXAMPLES = HERE / "examples"
 OUTPUT = HERE.parent / "outputs" / "p3"
 
 
-def add_sampling_arguments(parser: Parser) -> None:
-    """The arguments of everything that draws with a ControlNet; see `load_sampler`."""
-    own = "/".join(OWN_CONTROLNET.parts[-2:])
+def add_sampling_arguments(parser: Parser):
+    """Add the flags of everything that draws with a ControlNet, see `load_sampler`; returns their group."""
+    group, own = add_drawing_flags(parser, HintOptions), "/".join(OWN_CONTROLNET.parts[-2:])
     help = f"one or several ControlNets, folders or files (default: the shipped one, or with another base {own})"
-    add_drawing_flags(parser, HintOptions).add_argument("--controlnet", type=Path, nargs="+", metavar="PATH", help=help)
+    group.add_argument("--controlnet", type=Path, nargs="+", metavar="PATH", help=help)
+    return group
 
 
 def add_places(parser: Parser, out: str) -> None:
@@ -49,8 +50,8 @@ def parse_arguments(argv: list[str] | None = None):
     add_places(parser, "folder for the pictures")
     help = "the frozen model: Stable Diffusion v1 as one file or as a diffusers folder"
     parser.add_argument("base", type=Path, nargs="?", default=BASE, metavar="SD_CKPT", help=help)
-    parser.add_argument("--keep-going", action="store_true", help="skip lines that cannot be drawn")
-    add_sampling_arguments(parser)
+    drawing = add_sampling_arguments(parser)
+    drawing.add_argument("--keep-going", action="store_true", help="skip lines that cannot be drawn")
     return parser.parse_args(argv)
 
 

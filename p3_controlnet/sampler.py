@@ -17,30 +17,26 @@ from latent_diffusion.drawing import PRECISION_OF, PromptOptions, to_fp32
 from latent_diffusion.pairs import Pair
 from p3_controlnet.model import ControlNet
 from p3_controlnet.patches import in_patches
-from p3_controlnet.unet import ControlledUNet, guess_scales
+from p3_controlnet.unet import ControlledUNet
 
 Item = tuple[Pair, Tensor]  # with the pair's hint: uint8 (3, size, size)
 
 
 @dataclass(frozen=True)
 class HintOptions(PromptOptions):
-    """How to draw pictures that follow hints.
-
-    Raises:
-        UserError: a value out of its range.
-    """
+    """How to draw pictures that follow hints."""
 
     size: int | None = option(None, "side of the pictures in pixels (default: the base's)", type=int)
     control_scale: Sequence[float] = option(
-        (1.0,), "strength of control, one or one a ControlNet", type=float, nargs="+"
+        (1.0,), "strength of the control; one number, or one for each ControlNet", type=float, nargs="+"
     )
     control_scales: Sequence[float] | None = option(
-        None, "further strengths: one for each skip, finest first, and one for the middle", type=float, nargs="+"
+        None, "a further strength for each skip, finest first, and for the middle", type=float, nargs="+"
     )
-    guess_mode: bool = option(
-        False, "control the half with the prompt alone, coarse features most", action="store_true"
+    guess_mode: bool = option(False, "rely on the hint, so that prompts may stay empty", action="store_true")
+    patch_size: int | None = option(
+        None, "pictures larger than this are drawn in patches of this side (default: the base's)", type=int
     )
-    patch_size: int | None = option(None, "side of the patches of larger pictures (default: the base's)", type=int)
     patch_stride: int | None = option(None, "pixels from one patch to the next (default: half a patch)", type=int)
 
     def __post_init__(self):
@@ -50,7 +46,7 @@ class HintOptions(PromptOptions):
                 check(name, number, math.isfinite(number), "a number such as 0.8")
 
     def strengths(self, counts: Sequence[int]) -> list[list[float]]:
-        """What each ControlNet's residuals are multiplied by; `counts` is how many residuals each has.
+        """What the residuals of each ControlNet are multiplied by; ControlNet k has `counts[k]` residuals.
 
         Raises:
             UserError: there are more or fewer numbers than ControlNets or residuals.
@@ -63,7 +59,8 @@ class HintOptions(PromptOptions):
             finer = [1.0] * count if self.control_scales is None else self.control_scales
             if len(finer) != count:
                 raise UserError(f"--control-scales: {len(finer)} numbers; this ControlNet has {count} residuals")
-            guesses = guess_scales(count) if self.guess_mode else [1.0] * count
+            # Guess mode: from 0.1 for the finest residual to 1 for the middle, evenly in logarithm.
+            guesses = torch.logspace(-1, 0, count, dtype=torch.float64).tolist() if self.guess_mode else [1.0] * count
             result.append([strength * own * guess for own, guess in zip(finer, guesses)])
         return result
 
@@ -100,7 +97,7 @@ class HintSampler:
         return size, patch, stride
 
     def network(self, options: HintOptions) -> Callable[..., Tensor]:
-        """The controlled U-Net; it sees pictures that are larger than a patch patch by patch.
+        """The controlled U-Net, patch by patch where pictures are larger than a patch.
 
         Raises:
             UserError: an option does not fit the base or the ControlNets.
@@ -128,8 +125,8 @@ class HintSampler:
         with torch.no_grad():
             features = ControlledUNet(base.unet, self.controlnets).encode_hint(torch.stack(hints).to(base.device) / 255)
         told = {"context": contexts[1:], "features": features}
-        null = {"context": contexts[:1].expand_as(contexts[1:]), "features": features}
-        if options.guess_mode:
+        null = told | {"context": contexts[:1].expand_as(contexts[1:])}
+        if options.guess_mode:  # no control without the prompt, so that guidance enlarges what the hint alone says
             rows = torch.ones(len(pairs), dtype=torch.bool, device=base.device)
             told["controlled"], null["controlled"] = rows, ~rows
         denoise = Denoiser(

@@ -58,12 +58,10 @@ class ControlNetTraining:
     hint_channels: Sequence[int] = option(
         HINT_CHANNELS, "widths of the hint encoder; each one after the first halves the grid", type=int, nargs="+"
     )
-    min_snr_gamma: float = option(
-        0.0, "cap of the min-SNR loss weights, which are lowest where flat colours form; 0: off"
-    )
-    guidance_scale: float = option(2.0, "of the samples, and the finished ControlNet's default")
+    min_snr_gamma: float = option(0.0, "cap of the signal-to-noise ratio in the loss weights; 0 for no weights")
+    guidance_scale: float = option(2.0, "guidance scale of the samples, and the finished ControlNet's default")
     gradient_checkpointing: bool = option(
-        False, "a third of the activations' memory, a third slower", action="store_true"
+        False, "compute activations again in the backward pass: less memory, a third slower", action="store_true"
     )
     dry_run: bool = option(False, "take one step, print its time and memory, and write no run", action="store_true")
     watched: int = 8  # held-out pairs that are drawn
@@ -75,10 +73,7 @@ class ControlNetTraining:
 
 
 def control_loss(controlnet: nn.Module, base: Base, batch: Batch, gamma: float) -> Tensor:
-    """The loss of the base's prediction under control (Zhang et al. 2023, equation 10).
-
-    `batch` is one of `PairBatches`, on the base's device; `gamma` is that of the min-SNR weighting, 0 for none.
-    """
+    """The loss of the base's prediction under control (Zhang et al. 2023, equation 10), with min-SNR weights."""
     batch = batch | {"hint": batch["hint"] / 255}
     return diffusion_loss(ControlledUNet(base.unet, [controlnet]), batch, base.schedule, base.prediction, gamma)
 
@@ -99,9 +94,10 @@ def make_controlnet(config: ControlNetTraining, base: Base) -> ControlNet:
     return ControlNet.from_unet(base.unet, config.hint_channels)
 
 
-def frozen_dtype(precision: str, device: torch.device) -> torch.dtype:
+def frozen_dtype(options: TrainingOptions) -> torch.dtype:
     """What the frozen weights are kept in while training; a processor's group norm is slow in bf16."""
-    return torch.float32 if device.type == "cpu" else DTYPES[precision]
+    device = pick_device(options.device)
+    return torch.float32 if device.type == "cpu" else DTYPES[pick_precision(options.precision, device)]
 
 
 def encode_and_place(
@@ -116,13 +112,13 @@ def encode_and_place(
         if not (path := locate(pair.source, data, "source")).is_file():
             raise UserError(f"{pair.where}: {path}: no such image; fix the name or add the file")
     device = pick_device(options.device)
-    for part in (base.vae, base.text_encoder):
-        part.to(device)
+    base.vae.to(device)
+    base.text_encoder.to(device)
     cache = encode_pairs(base, pairs, data, size, folder)
     base.text_encoder.to("cpu")  # training needs it no longer
     with quiet():
-        for part in (base.vae, base.unet):
-            part.to(device, frozen_dtype(pick_precision(options.precision, device), device))
+        base.vae.to(device, frozen_dtype(options))
+        base.unet.to(device, frozen_dtype(options))
     return cache
 
 

@@ -20,14 +20,6 @@ def checkpoint_gradients(network: nn.Module) -> None:
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
-def guess_scales(count: int) -> list[float]:
-    """Guess mode's strengths of `count` residuals, from 0.1 for the finest to 1 for the middle, evenly in logarithm.
-
-    In guess mode the unconditional half gets no control at all, so that guidance enlarges what the hint alone says.
-    """
-    return torch.logspace(-1, 0, count, dtype=torch.float64).tolist()
-
-
 class ControlledUNet:
     """A frozen U-Net steered by ControlNets (Zhang et al. 2023, figure 3), called as network(xt, t, **condition).
 

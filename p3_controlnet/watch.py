@@ -17,14 +17,9 @@ STEPS = 10
 
 
 class Watch:
-    """Measures and draws a ControlNet on a few held-out pairs, always from the same noise.
+    """Measures and draws a ControlNet on a batch of held-out pairs, always from the same noise.
 
-    Args:
-        base: the frozen model.
-        batch: held-out pairs as `PairBatches` draws them, none without its prompt.
-        null_context: (77, D), the empty prompt's.
-        guidance_scale: to draw with.
-        at_once: pairs that go through the networks together; fewer need less memory.
+    `null_context` (77, D) is the empty prompt's; `at_once` pairs go through the networks together, to bound the memory.
     """
 
     def __init__(self, base: Base, batch: Batch, null_context: Tensor, guidance_scale: float, at_once: int):
@@ -51,16 +46,9 @@ class Watch:
         network, schedule = ControlledUNet(self.base.unet, [controlnet]), self.base.schedule
         pictures = []
         for part in self.parts:
-            features, context = network.encode_hint(self.hint[part]), self.batch["context"][part]
-            denoise = Denoiser(
-                network,
-                schedule,
-                self.base.prediction,
-                {"context": context, "features": features},
-                {"context": self.null_context.expand_as(context), "features": features},
-                self.guidance_scale,
-                clip_x0=False,
-            )
+            told = {"context": self.batch["context"][part], "features": network.encode_hint(self.hint[part])}
+            null = told | {"context": self.null_context.expand_as(told["context"])}
+            denoise = Denoiser(network, schedule, self.base.prediction, told, null, self.guidance_scale, clip_x0=False)
             xt = ImageNoise([(0, k) for k in part.tolist()]).draw(self.batch["x0"].shape[1:], self.base.device)
             latents = draw(denoise, schedule, xt, schedule.timesteps(STEPS))
             pictures.append(to_uint8(self.base.decode(latents)))
@@ -68,11 +56,12 @@ class Watch:
 
     def measure(self, controlnet: nn.Module) -> Mapping[str, float]:
         """The sensitivity, and the IoU of the discs that are drawn with those of the hints."""
-        overlaps = []
         hints, images = (t.permute(0, 2, 3, 1).cpu().numpy() for t in (self.batch["hint"], self.images(controlnet)))
-        for hint, image in zip(hints, images):
-            for disc in circle_regions(hint_regions(hint))[0]:
-                overlaps.append(intersection_over_union(disc, region_at(image, deepest(disc))))
+        overlaps = [
+            intersection_over_union(disc, region_at(image, deepest(disc)))
+            for hint, image in zip(hints, images)
+            for disc in circle_regions(hint_regions(hint))[0]
+        ]
         hint_iou = float(np.mean(overlaps)) if overlaps else 0.0
         return {"condition_sensitivity": self.sensitivity(controlnet), "hint_iou": hint_iou}
 

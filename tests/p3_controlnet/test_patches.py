@@ -64,9 +64,3 @@ def test_no_seams():
     assert result[16:].eq(1).all()
     assert (result.diff() >= 0).all()
     assert result.diff().max() < 0.25
-
-
-@pytest.mark.parametrize("stride", [0, 9])
-def test_strides_that_leave_gaps_are_refused(stride):
-    with pytest.raises(ValueError, match="stride"):
-        in_patches(pointwise, 8, stride, cut=())

@@ -12,10 +12,10 @@ from PIL import Image
 
 from common.cli import UserError
 from common.sampling import ImageNoise
-from latent_diffusion.base import Base, load_base
+from latent_diffusion.base import load_base
 from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet import sample
-from p3_controlnet.model import ControlNet, HintEncoder
+from p3_controlnet.model import ControlNet
 from p3_controlnet.sampler import HintOptions, HintSampler
 
 
@@ -90,34 +90,6 @@ def test_pictures_are_those_of_diffusers(pipeline_folder, controlnet_folder, hin
     assert (last.xt - latents).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("flags", [["--guidance-scale", "3"], ["--guess-mode"]], ids=str)
-def test_prompts_and_hints_are_encoded_once_a_picture_and_never_in_a_step(draw, monkeypatch, flags):
-    rows = {"hints": 0, "prompts": 0}
-
-    def count(owner, name, key):
-        whole = getattr(owner, name)
-
-        def counted(self, first, *args, **kwargs):
-            rows[key] += len(first)
-            return whole(self, first, *args, **kwargs)
-
-        monkeypatch.setattr(owner, name, counted)
-
-    count(HintEncoder, "forward", "hints")
-    count(Base, "encode_prompts", "prompts")
-    draw("--batch-size", 3, *flags)
-    # Five pictures in two batches, with the empty prompt beside those of each batch.
-    assert rows == {"hints": 5, "prompts": 5 + 2}
-
-
-def test_a_strength_for_every_residual(draw):
-    whole = draw("--control-scale", 0.5)
-    each = draw("--control-scales", *[0.5] * 7)
-    middle_only = draw("--control-scales", *[0] * 6, 0.5)
-    assert all(np.array_equal(whole[name], each[name]) for name in whole)
-    assert all(not np.array_equal(whole[name], middle_only[name]) for name in whole)
-
-
 def test_a_picture_depends_on_the_seed_and_its_own_line_alone(hint_folder, draw):
     together = draw()
     in_twos = draw("--batch-size", 2)
@@ -132,18 +104,21 @@ def test_a_picture_depends_on_the_seed_and_its_own_line_alone(hint_folder, draw)
     assert all(not np.array_equal(solver[name], together[name]) for name in together)
 
 
-def test_tables_of_training_and_of_testing_and_targets_in_folders(hint_folder, draw, tmp_path):
-    testing = draw()
+def test_a_strength_for_every_residual(draw):
+    whole, each, middle = (
+        draw(*flags)
+        for flags in (["--control-scale", 0.5], ["--control-scales", *[0.5] * 7], ["--control-scales", *[0] * 6, 0.5])
+    )
+    assert all(np.array_equal(whole[name], each[name]) for name in whole)
+    assert all(not np.array_equal(whole[name], middle[name]) for name in whole)
+
+
+def test_a_table_of_training_and_a_target_in_a_folder(hint_folder, draw, tmp_path):
     rows = [json.loads(line) for line in (hint_folder / "prompt.json").read_text().splitlines()]
-    lines = [json.dumps(row | {"source": f"source/{row['source']}"}) for row in rows]
-    (hint_folder / "training.json").write_text("\n".join(lines))
-    training = draw(table="training.json")
-    assert training.keys() == testing.keys()
-    assert all(np.array_equal(training[name], testing[name]) for name in testing)
-    (hint_folder / "deep.json").write_text(json.dumps(rows[1] | {"target": "target/deep/0.png"}))
-    (tmp_path / "deep" / "target" / "deep").mkdir(parents=True)
-    (tmp_path / "deep" / "target" / "deep" / "0.png").write_bytes(b"an earlier picture")
-    assert draw(out="deep", table="deep.json")["target/deep/0.png"].shape == (64, 64, 3)
+    (hint_folder / "deep.json").write_text(json.dumps(rows[1] | {"source": "source/1.png", "target": "target/a/1.png"}))
+    (tmp_path / "out" / "target" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "target" / "a" / "1.png").write_bytes(b"an earlier picture")
+    assert draw(table="deep.json")["target/a/1.png"].shape == (64, 64, 3)
 
 
 def test_larger_pictures_go_patch_by_patch(draw):
@@ -182,18 +157,6 @@ def test_what_is_not_finite_in_fp32_is_an_error(pipeline_folder, controlnet_fold
     sampler.base.unet.conv_out.bias[0] = float("nan")
     with pytest.raises(UserError, match=r"prompt.json line 1: drawn in fp32 it is not finite"):
         list(sampler.images(items_of(hint_folder), HintOptions(steps=2)))
-
-
-def test_a_long_prompt_is_cut_with_a_warning_that_names_its_line(hint_folder, draw, capsys):
-    """A token a letter, so that 75 letters fit and the rest does not matter."""
-    drawn = []
-    for k, end in enumerate(("", "b c")):
-        row = {"source": "0.png", "target": "0.png", "prompt": "a " * 75 + end}
-        (hint_folder / "long.json").write_text("\n" + json.dumps(row))
-        drawn.append(draw(table="long.json")["0.png"])
-        warnings = capsys.readouterr().err
-        assert (warnings.count("\n"), "long.json line 2: prompt" in warnings) == (k, k == 1)
-    assert np.array_equal(*drawn)
 
 
 def test_without_arguments_it_draws_what_comes_with_the_project(

@@ -13,8 +13,8 @@ from common.checkpoint import load_tensors
 from common.cli import UserError, options_from
 from common.runtime import seeded_generator
 from common.training import Trainer
-from common.training_options import training_options
-from latent_diffusion.base import Base, load_base
+from common.training_options import TrainingOptions, training_options
+from latent_diffusion.base import load_base
 from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet import train
 from p3_controlnet.cache import PairBatches, encode_pairs
@@ -96,14 +96,6 @@ def test_checkpointed_and_accumulated_it_takes_the_same_steps(call, finished, tm
         assert ours == pytest.approx(theirs, rel=1e-3), name
 
 
-def test_encoded_pairs_are_shared_by_runs(call, tmp_path, monkeypatch):
-    call(tmp_path / "one", "--steps", "1", "--latents", str(tmp_path / "latents"))
-    assert not (tmp_path / "one" / "cache").exists()
-    monkeypatch.setattr(Base, "encode_images", None)
-    monkeypatch.setattr(Base, "encode_prompts", None)
-    call(tmp_path / "two", "--steps", "1", "--latents", str(tmp_path / "latents"))
-
-
 def test_a_dry_run_takes_the_very_step_of_a_run_and_writes_nothing(call, tmp_path, monkeypatch, capsys):
     """Of a run whose batch has the same pairs."""
     trainers, models, whole = [], [], Trainer.take_step
@@ -135,13 +127,15 @@ def test_a_dry_run_takes_the_very_step_of_a_run_and_writes_nothing(call, tmp_pat
 
 
 def test_on_a_gpu_the_frozen_weights_take_the_precision_of_the_training(call, tmp_path, monkeypatch):
-    assert train.frozen_dtype("bf16", torch.device("cuda")) == torch.bfloat16
-    assert train.frozen_dtype("fp16", torch.device("cuda")) == torch.float16
-    assert train.frozen_dtype("fp32", torch.device("cuda")) == torch.float32
-    assert train.frozen_dtype("bf16", torch.device("cpu")) == torch.float32
-    monkeypatch.setattr(train, "frozen_dtype", lambda *_: torch.bfloat16)
+    options = TrainingOptions(precision="bf16", device="cpu")
+    assert train.frozen_dtype(options) == torch.float32
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
+        assert train.frozen_dtype(options) == torch.bfloat16
+    monkeypatch.setattr(train, "frozen_dtype", lambda options: torch.bfloat16)
     seen = spied_on(monkeypatch, train)
-    folder = call(tmp_path / "run", "--precision", "bf16", "--steps", "2")
+    folder = call(tmp_path / "run", "--precision", "bf16", "--steps", "2", "--latents", str(tmp_path / "latents"))
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "latents"}
     assert {seen.base.unet.dtype, seen.base.vae.dtype} == {torch.bfloat16}
     assert all(torch.isfinite(tensor).all() for tensor in ControlNet.load(folder)[0].state_dict().values())
     state, _ = load_tensors(tmp_path / "run" / "state_00000002.safetensors")
