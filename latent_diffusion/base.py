@@ -1,4 +1,4 @@
-"""The frozen latent diffusion that a ControlNet steers, from a diffusers folder or one file."""
+"""The frozen latent diffusion that both editions of problem 3 steer, from a diffusers folder or one file."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from common.cli import UserError
@@ -32,42 +32,48 @@ def vector_tokens(token: str, vectors: int) -> list[str]:
     return [token, *(f"{token}_{k}" for k in range(1, vectors))]
 
 
-def with_all_vectors(tokenizer: CLIPTokenizer, prompt: str) -> str:
-    """The prompt in which the tokens of all its vectors stand for every learned word of several vectors."""
+def expand_words(tokenizer: CLIPTokenizer, prompt: str) -> str:
+    """The prompt with every learned word of several vectors replaced by the tokens of all its vectors."""
     added = tokenizer.added_tokens_encoder
     for token in added:
         vectors = 1
         while f"{token}_{vectors}" in added:
             vectors += 1
         if vectors > 1:
-            # Not within the name of another vector; in any case, since the tokenizer takes no notice of it either.
+            # Not within the name of another vector; in any case, as the tokenizer ignores it too.
             pattern, whole = rf"{re.escape(token)}(?!_\d)", " ".join(vector_tokens(token, vectors))
             prompt = re.sub(pattern, lambda _, whole=whole: whole, prompt, flags=re.IGNORECASE)
     return prompt
 
 
 def prompt_tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str], where: Sequence[str] | None = None) -> Tensor:
-    """What a text encoder is given for each prompt: int64 (N, longest), between start and end, padded.
+    """Prompts as a text encoder takes them: int64 (N, longest), between marks of start and end, padded.
 
-    Prompts with more tokens than the encoder takes (77, of which two mark start and end) are cut, with a line on
-    stderr for each.
+    Prompts with more tokens than the encoder takes (77, two of which are the marks) are cut, each with a warning.
 
     Args:
         tokenizer: the text encoder's.
         prompts: texts; an empty one means "no condition".
-        where: the file and line of each, to be named when it is cut.
+        where: the file and line of each, for the warning.
     """
     longest = tokenizer.model_max_length
-    whole = [with_all_vectors(tokenizer, prompt) for prompt in prompts]
-    for k, ids in enumerate(tokenizer(whole, verbose=False).input_ids):
+    expanded = [expand_words(tokenizer, prompt) for prompt in prompts]
+    for k, ids in enumerate(tokenizer(expanded, verbose=False).input_ids):
         if len(ids) > longest:
-            mention = f"{where[k]}: " if where else ""
-            print(
-                f"warning: {mention}prompt of {len(ids)} tokens is cut to {longest}: {prompts[k][:40]!r}...",
-                file=sys.stderr,
-            )
+            cut = f"prompt of {len(ids)} tokens is cut to {longest}: {prompts[k][:40]!r}..."
+            print(f"warning: {where[k]}: {cut}" if where else f"warning: {cut}", file=sys.stderr)
     options = {"padding": "max_length", "max_length": longest, "truncation": True}
-    return tokenizer(whole, **options, return_tensors="pt").input_ids
+    return tokenizer(expanded, **options, return_tensors="pt").input_ids
+
+
+def to_fp32(*models: nn.Module) -> bool:
+    """Turn models to fp32 in place; returns False if all are in fp32 already."""
+    if all(model.dtype == torch.float32 for model in models):
+        return False
+    with quiet():
+        for model in models:
+            model.float()
+    return True
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,10 @@ class Base:
 
     Attributes:
         vae: between images and latents.
-        text_encoder: from tokens to the context that the U-Net attends to.
+        text_encoder: from tokens to the contexts that the U-Net attends to.
         tokenizer: from prompts to tokens.
         unet: called with latents, timesteps and contexts.
-        schedule: the noise it was trained with.
+        schedule: that the U-Net was trained with.
         prediction: what the U-Net predicts: eps, x0 or v.
     """
 
@@ -102,11 +108,7 @@ class Base:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], where: Sequence[str] | None = None) -> Tensor:
-        """What the U-Net attends to for each prompt: the text encoder's last hidden states (N, tokens, width).
-
-        Args:
-            prompts, where: see `prompt_tokens`, which cuts those that are too long, with a line on stderr.
-        """
+        """Contexts of prompts: the text encoder's last hidden states (N, tokens, width); see `prompt_tokens`."""
         tokens = prompt_tokens(self.tokenizer, prompts, where).to(self.device)
         return torch.cat([self.text_encoder(part).last_hidden_state for part in tokens.split(PROMPTS_AT_ONCE)])
 
@@ -127,21 +129,18 @@ class Base:
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents: float32 (N, 3, H, W) in [-1, 1].
 
-        Decoded in slices, since decoding takes more memory than a step of the U-Net. Where a VAE of half precision
-        gives what is no number, which would be saved as a black picture, it is turned to fp32 and stays so.
+        Decoded in slices, since decoding takes more memory than a step of the U-Net. A VAE that overflows in half
+        precision, which would give black pictures, is turned to fp32 and stays so.
         """
         latents = (latents / self.vae.config.scaling_factor).to(self.device)
         at_once = max(1, PIXELS_AT_ONCE // (latents[0, 0].numel() * self.factor**2))
-        return torch.cat([self.decode_slice(part) for part in latents.split(at_once)]).clamp(-1, 1)
-
-    def decode_slice(self, latents: Tensor) -> Tensor:
-        """What the VAE makes of a few latents, in float32."""
-        images = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
-        if self.vae.dtype != torch.float32 and not images.isfinite().all():
-            print(f"warning: the VAE overflows in {self.vae.dtype}; decoding in fp32 from here on", file=sys.stderr)
-            self.vae.float()
-            return self.decode_slice(latents)
-        return images
+        images = []
+        for part in latents.split(at_once):
+            images.append(self.vae.decode(part.to(self.vae.dtype)).sample.float())
+            if not images[-1].isfinite().all() and to_fp32(self.vae):
+                print("warning: the VAE overflows in half precision; decoding in fp32 from here on", file=sys.stderr)
+                images[-1] = self.vae.decode(part.float()).sample
+        return torch.cat(images).clamp(-1, 1)
 
 
 def read_schedule(file: Path) -> tuple[NoiseSchedule, str]:
@@ -152,18 +151,17 @@ def read_schedule(file: Path) -> tuple[NoiseSchedule, str]:
     """
     try:
         config = json.loads(file.read_text())
-        schedule, prediction = config["beta_schedule"], config.get("prediction_type", "epsilon")
-        numbers = {"T": config["num_train_timesteps"]}
-        numbers |= {name: config[name] for name in ("beta_start", "beta_end")}
+        chosen = {"beta_schedule": config["beta_schedule"], "prediction_type": config.get("prediction_type", "epsilon")}
+        numbers = [config[name] for name in ("num_train_timesteps", "beta_start", "beta_end")]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: not a scheduler's config ({type(error).__name__}: {error}); restore it") from None
-    for what, value, known in (("beta_schedule", schedule, SCHEDULES), ("prediction_type", prediction, PREDICTIONS)):
-        if value not in known:
-            raise UserError(f"{file}: its {what} is {value}; a base needs one of {', '.join(known)}")
+    for name, known in (("beta_schedule", SCHEDULES), ("prediction_type", PREDICTIONS)):
+        if chosen[name] not in known:
+            raise UserError(f"{file}: its {name} is {chosen[name]}; a base needs one of {', '.join(known)}")
     for name in ("trained_betas", "rescale_betas_zero_snr"):
         if config.get(name):
             raise UserError(f"{file}: has {name}, which is not supported; name a base without")
-    return NoiseSchedule(SCHEDULES[schedule], **numbers), PREDICTIONS[prediction]
+    return NoiseSchedule(SCHEDULES[chosen["beta_schedule"]], *numbers), PREDICTIONS[chosen["prediction_type"]]
 
 
 @contextlib.contextmanager
@@ -195,25 +193,22 @@ def load_part(folder: Path, name: str, device: torch.device | str = "cpu", dtype
     Raises:
         UserError: the part is missing, broken, incomplete, or another kind of model.
     """
-    part = Path(folder) / name
+    part, kind = Path(folder) / name, PARTS[name]
     if not part.is_dir():
         raise UserError(f"{part}: no such folder; a base has {', '.join(PARTS)} and scheduler")
     # Without its files transformers makes up a tokenizer that knows no word.
     if name == "tokenizer" and not any((part / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise UserError(f"{part}: holds neither tokenizer.json nor vocab.json; restore it, or name another base")
-    options = {"local_files_only": True}
-    if name != "tokenizer":
-        # In another dtype, both libraries would make it torch's default for all threads while they read.
-        options |= {"dtype": torch.float32, "output_loading_info": True}
     try:
         with quiet():
-            loaded = PARTS[name].from_pretrained(part, **options)
+            if name == "tokenizer":
+                return kind.from_pretrained(part, local_files_only=True)
+            # In another dtype, both libraries would make it torch's default for all threads while they read.
+            options = {"dtype": torch.float32, "output_loading_info": True}
+            model, information = kind.from_pretrained(part, local_files_only=True, **options)
     except Exception as error:  # both libraries let through whatever they stumble over
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{part}: not a {PARTS[name].__name__} ({reason}); restore it, or name another base") from None
-    if name == "tokenizer":
-        return loaded
-    model, information = loaded
+        raise UserError(f"{part}: not a {kind.__name__} ({reason}); restore it, or name another base") from None
     if missing := sorted(information["missing_keys"]):
         raise UserError(f"{part}: lacks {len(missing)} weights ({', '.join(missing[:3])}); restore it")
     with quiet():  # diffusers would rather convert while it reads
@@ -230,7 +225,7 @@ def load_base(
     """Read a Stable Diffusion v1, without network.
 
     Args:
-        path: a folder as diffusers' `StableDiffusionPipeline.save_pretrained` writes it, whose safety checker is not
+        path: a folder that diffusers' `StableDiffusionPipeline.save_pretrained` wrote, whose safety checker is not
             read; or a single file in the original layout, `.ckpt` or `.safetensors`.
         device: of the models.
         dtype: of their weights in memory, whatever they are on disk.

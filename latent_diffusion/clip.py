@@ -13,8 +13,7 @@ from common.cli import UserError, progress
 from common.runtime import autocast
 from latent_diffusion.base import quiet
 
-BATCH = 32  # pictures at a time
-TEXTS = 256  # at a time
+BATCH, TEXTS = 32, 256  # pictures and texts at a time
 
 
 class Clip:
@@ -23,7 +22,7 @@ class Clip:
     Args:
         folder: in transformers' format: a model, a tokenizer and an image processor.
         device: where to compute.
-        precision: of the model's arithmetic: fp32, bf16 or fp16.
+        precision: fp32, bf16 or fp16.
 
     Raises:
         UserError: the folder lacks one of them.
@@ -41,7 +40,7 @@ class Clip:
             if info["missing_keys"] or len(self.tokenizer) != model.config.text_config.vocab_size:
                 # transformers would go on with random weights, or without the words.
                 raise ValueError("weights are missing, or the tokenizer is another model's")
-        except Exception as error:  # the reader stumbles in many ways over what is missing: OSError, TypeError, ...
+        except Exception as error:  # transformers stumbles in many ways over what is missing: OSError, TypeError, ...
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"{folder}: not a CLIP folder in transformers' format ({reason}); name another") from None
         self.model = model.float().eval().to(device)
@@ -52,7 +51,8 @@ class Clip:
         """Unit vectors of pictures, uint8 (H, W, 3) each: float32 (N, D) on the CPU."""
         rows = []
         for i in progress(range(0, len(images), BATCH), "CLIP", "part"):
-            pictures = [image.copy() for image in images[i : i + BATCH]]  # torch warns of arrays it may not write to
+            # Copies, because torch warns of arrays that it may not write to.
+            pictures = [image.copy() for image in images[i : i + BATCH]]
             pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"].to(self.device)
             with autocast(self.device, self.precision):
                 rows.append(self.model.get_image_features(pixel_values=pixels).pooler_output.float())
@@ -61,15 +61,10 @@ class Clip:
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of texts: float32 (N, D) on the CPU. Texts that are too long are cut."""
-        rows = []
+        longest, rows = self.model.config.text_config.max_position_embeddings, []
+        options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
         for i in range(0, len(texts), TEXTS):
-            tokens = self.tokenizer(
-                list(texts[i : i + TEXTS]),
-                padding=True,
-                truncation=True,
-                max_length=self.model.config.text_config.max_position_embeddings,
-                return_tensors="pt",
-            ).to(self.device)
+            tokens = self.tokenizer(list(texts[i : i + TEXTS]), **options).to(self.device)
             with autocast(self.device, self.precision):
                 rows.append(self.model.get_text_features(**tokens).pooler_output.float())
         return F.normalize(torch.cat(rows), dim=-1).cpu()

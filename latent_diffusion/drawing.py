@@ -2,20 +2,20 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.cli import Parser, UserError, add_options, check, option
 from common.images import to_uint8
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from common.sampling import Denoiser, ImageNoise, Step, check_finite, draw_in_batches, reverse_process
 from common.schedule import NoiseSchedule
-from latent_diffusion.base import Base, load_base, quiet
+from latent_diffusion.base import Base, load_base, to_fp32
 from latent_diffusion.files import cache_folder
 
 SAMPLERS = ("ddim", "dpm-solver++")
@@ -71,10 +71,7 @@ class PromptOptions:
 def add_drawing_flags(parser: Parser, options: type[PromptOptions] = PromptOptions, **defaults: Any):
     """Add a group with a flag for every option and `--cache-dir`; returns the group, for further flags.
 
-    Args:
-        parser: gets the group.
-        options: `PromptOptions` or a dataclass that extends it.
-        defaults: that differ from the dataclass's.
+    `options` is `PromptOptions` or extends it; `defaults` are those that differ from the dataclass's.
     """
     group = parser.add_argument_group("drawing")
     add_options(group, options, **defaults)
@@ -92,36 +89,18 @@ def load_chosen_base(args: Namespace) -> Base:
     return load_base(args.base, device, DTYPES[pick_precision(args.precision, device)], args.cache_dir)
 
 
-def to_fp32(*models: nn.Module) -> bool:
-    """Turn models to fp32 in place; returns False if all are in fp32 already."""
-    if all(model.dtype == torch.float32 for model in models):
-        return False
-    with quiet():
-        for model in models:
-            model.float()
-    return True
-
-
-def called_with_context(unet: nn.Module) -> Callable[..., Tensor]:
-    """A U-Net as the loss and the sampler call it: network(xt, t, context=...)."""
-    return lambda xt, t, context: unet(xt, t, encoder_hidden_states=context).sample
-
-
 class PromptSampler:
-    """Draws pictures of prompts.
+    """Draws pictures of prompts with a base, which is turned to fp32 where half precision overflows.
 
     Items are pairs (prompt, key): a picture depends on its prompt and on the noise keyed by (seed, *key) alone, not on
     what else is drawn.
-
-    Args:
-        base: the model, on its device and in its precision; turned to fp32 where half precision overflows.
     """
 
     def __init__(self, base: Base):
         self.base = base
 
     def noise(self, items: Sequence[Item], options: PromptOptions) -> Tensor:
-        """The latents that the reverse process starts from: float32 (N, C, h, w), of the size the base is used to."""
+        """Latents to start from: float32 (N, C, h, w), of the size that the base was trained on."""
         unet = self.base.unet.config
         noise = ImageNoise([(options.seed, *key) for _, key in items])
         return noise.draw((unet.in_channels, unet.sample_size, unet.sample_size), self.base.device)
@@ -133,10 +112,9 @@ class PromptSampler:
             UserError: more steps than the schedule has.
         """
         base = self.base
-        unet = called_with_context(base.unet)
         contexts = base.encode_prompts([prompt for prompt, _ in items])
         denoise = Denoiser(
-            lambda xt, t, context: unet(xt.to(base.unet.dtype), t, context),
+            lambda xt, t, context: base.unet(xt.to(base.unet.dtype), t, encoder_hidden_states=context).sample,
             base.schedule,
             base.prediction,
             {"context": contexts},

@@ -117,40 +117,28 @@ class ModelWeights:
     Attributes:
         file: has them.
         stored: their names in the file by their names in the model.
+        shapes: tensors on the meta device by their names in the model.
     """
 
     file: WeightsFile
     stored: Mapping[str, str]
+    shapes: Mapping[str, Tensor]
 
-    def sizes(self, tellers: Mapping[str, str]) -> dict[str, Any]:
-        """Sizes for a config, each told by the last dimension of a weight; a name with {} tells one for every level.
+    def sizes(self, names: Mapping[str, str]) -> dict[str, Any]:
+        """Sizes for a config, each the last dimension of a weight; a name with {} gives one for every level.
 
         Raises:
             UserError: the file has no such weight.
         """
         sizes = {}
-        for size, pattern in tellers.items():
-            names = dict.fromkeys(pattern.format(level) for level in range(10))
-            told = [self.file.shapes[self.stored[name]][-1] for name in names if name in self.stored]
-            if not told:
+        for size, name in names.items():
+            levels = dict.fromkeys(name.format(level) for level in range(10))
+            found = [self.shapes[level].shape[-1] for level in levels if level in self.shapes]
+            if not found:
                 kind = self.file.describe()
-                raise UserError(f"{self.file.path}: is {kind} but lacks {pattern.format(0)}; name a whole file")
-            sizes[size] = told if "{}" in pattern else told[0]
+                raise UserError(f"{self.file.path}: is {kind} but lacks {name.format(0)}; name a whole file")
+            sizes[size] = found if "{}" in name else found[0]
         return sizes
-
-    def check(self, model: nn.Module) -> None:
-        """Make sure that the weights are the model's, all of them and no others.
-
-        Raises:
-            UserError: names how many are missing, unexpected or of another shape, and a few of each.
-        """
-        wanted, promised = model.state_dict(), {}
-        for name, stored in self.stored.items():
-            shape = self.file.shapes[stored]
-            if name in wanted and shape == (*wanted[name].shape, 1, 1):  # attention by convolutions
-                shape = shape[:2]
-            promised[name] = torch.empty(shape, device="meta")
-        load_strictly(model, promised, str(self.file.path))
 
     def fill(
         self, model: nn.Module, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -158,12 +146,12 @@ class ModelWeights:
         """Give a model on the meta device its weights, and return it in eval mode.
 
         Raises:
-            UserError: as `check`.
+            UserError: the weights are not just the model's; names a few that are missing, too many or of another shape.
         """
-        self.check(model)
-        names, wanted, state = {stored: name for name, stored in self.stored.items()}, model.state_dict(), {}
+        load_strictly(model, self.shapes, str(self.file.path))
+        names, state = {stored: name for name, stored in self.stored.items()}, {}
         for stored, tensor in self.file.read(names):
-            tensor = tensor.reshape(wanted[names[stored]].shape)
+            tensor = tensor.reshape(self.shapes[names[stored]].shape)
             layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
             state[names[stored]] = tensor.to(device, dtype, copy=True, memory_format=layout)
         model.load_state_dict(state, assign=True)
@@ -226,13 +214,14 @@ def find_weights(file: WeightsFile, prefix: str, convert: Callable[..., dict[str
     stored = file.locate(prefix)
     state = {name: torch.empty(file.shapes[own], device="meta") for name, own in stored.items()}
     originals = {id(tensor): name for name, tensor in state.items()}
-    config, found = read_config("vae" if prefix == VAE else "unet"), {}
-    for name, tensor in convert(state, config=config).items():
-        if tensor is not None:
-            # Where attention was done by convolutions, the conversion takes a view of them.
-            found[name] = originals[id(tensor if tensor._base is None else tensor._base)]
-    unknown = {name.removeprefix(prefix): name for name in stored.keys() - found.values()}
-    return ModelWeights(file, {name: stored[original] for name, original in (found | unknown).items()})
+    config = read_config("vae" if prefix == VAE else "unet")
+    shapes = {name: tensor for name, tensor in convert(state, config=config).items() if tensor is not None}
+    # Where attention was done by convolutions, the conversion takes a view of them.
+    names = {name: originals[id(t if t._base is None else t._base)] for name, t in shapes.items()}
+    for original in stored.keys() - names.values():
+        names[original.removeprefix(prefix)] = original
+        shapes[original.removeprefix(prefix)] = state[original]
+    return ModelWeights(file, {name: stored[original] for name, original in names.items()}, shapes)
 
 
 def convert_text_encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -271,7 +260,7 @@ def make_models(file: WeightsFile) -> dict[str, nn.Module]:
         config = read_config(part) | weights.sizes(sizes)
         with torch.device("meta"):
             models[part] = make(config)
-        weights.check(models[part])
+        load_strictly(models[part], weights.shapes, str(file.path))
     return models
 
 
@@ -331,7 +320,8 @@ def find_controlnet(file: WeightsFile) -> ModelWeights:
     if (found := file.describe()) != "a ControlNet":
         raise UserError(f"{file.path}: is {found}, not a ControlNet; name another file")
     if any(name.startswith("controlnet_") for name in file.shapes):
-        return ModelWeights(file, {name: name for name in file.shapes})
+        shapes = {name: torch.empty(shape, device="meta") for name, shape in file.shapes.items()}
+        return ModelWeights(file, {name: name for name in shapes}, shapes)
     prefix = CONTROL if any(name.startswith(CONTROL) for name in file.shapes) else ""
     return find_weights(file, prefix, convert_controlnet_checkpoint)
 

@@ -53,17 +53,15 @@ def parse_pair(line: str, where: str) -> Pair:
     if not isinstance(fields, dict):
         raise UserError(f"{where}: not an object but {type(fields).__name__}; write one a line, such as {EXAMPLE}")
     for name in FIELDS:
+        value = fields.get(name)
         if name not in fields:
             raise UserError(f'{where}: has no "{name}"; write it like {EXAMPLE}')
-        if not isinstance(fields[name], str):
-            raise UserError(f'{where}: "{name}" is {json.dumps(fields[name])[:40]}, not a string; put it in quotes')
-        try:
-            fields[name].encode()
-        except UnicodeEncodeError:
-            raise UserError(f'{where}: "{name}" holds half of a character (\\ud800 to \\udfff); remove it') from None
-    for name in ("source", "target"):
-        if "\0" in fields[name] or not PurePath(fields[name]).name:
-            raise UserError(f'{where}: "{name}" {fields[name]!r} is no file name; write one such as "0.png"')
+        if not isinstance(value, str):
+            raise UserError(f'{where}: "{name}" is {json.dumps(value)[:40]}, not a string; put it in quotes')
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise UserError(f'{where}: "{name}" holds half of a character (\\ud800 to \\udfff); remove it')
+        if name != "prompt" and ("\0" in value or not PurePath(value).name):
+            raise UserError(f'{where}: "{name}" {value!r} is no file name; write one such as "0.png"')
     target = PurePath(fields["target"])
     if target.is_absolute() or ".." in target.parts:
         raise UserError(f'{where}: "target" {fields["target"]!r} leaves the output folder; write one such as "0.png"')
@@ -71,10 +69,10 @@ def parse_pair(line: str, where: str) -> Pair:
 
 
 def usable(make: Callable[[Item], Result], items: Iterable[Item], keep_going: bool) -> list[Result]:
-    """What `make` returns for each item; with `keep_going` a complaint is told on stderr and its item left out.
+    """What `make` returns for each item; with `keep_going`, items with a `UserError` are left out with a warning.
 
     Raises:
-        UserError: the first complaint; with `keep_going` only the last one, if none of the items can be used.
+        UserError: the first one; with `keep_going` only the last one, if no item can be used.
     """
     results, complaint = [], None
     for item in items:
@@ -95,30 +93,26 @@ def read_pairs(table: Path, keep_going: bool = False, distinct_targets: bool = F
 
     Args:
         table: a text file with a JSON object a line: "source", "target" and "prompt".
-        keep_going: leave out lines that cannot be used, each with a word on stderr.
+        keep_going: see `usable`.
         distinct_targets: refuse a line with the target of an earlier one, whose file it would overwrite.
 
     Raises:
         UserError: no such file, no text, no line in it, or with its number a line that cannot be used.
     """
-    table = Path(table)
     try:
-        text = table.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{table}: no such file; name one with lines such as {EXAMPLE}") from None
+        text = Path(table).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{table}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except OSError as error:
-        raise UserError(
-            f"{table}: cannot be read ({error.strerror}); name a file with lines such as {EXAMPLE}"
-        ) from None
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{table}: {reason}; name one with lines such as {EXAMPLE}") from None
     # Not splitlines: JSON may hold the further line ends that it knows.
     lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise UserError(f"{table}: is empty; add lines such as {EXAMPLE}")
     taken: dict[PurePath, str] = {}
 
-    def make(numbered: tuple[int, str]) -> Pair:
+    def parse(numbered: tuple[int, str]) -> Pair:
         number, line = numbered
         pair = parse_pair(line, f"{table} line {number}")
         first = taken.setdefault(PurePath(pair.target), pair.where)
@@ -126,11 +120,11 @@ def read_pairs(table: Path, keep_going: bool = False, distinct_targets: bool = F
             raise UserError(f'{pair.where}: "target" {pair.target!r} is that of {first} too; write another name')
         return pair
 
-    return usable(make, lines, keep_going)
+    return usable(parse, lines, keep_going)
 
 
 def read_table(folder: Path) -> list[Pair]:
-    """The pairs that `prompt.json` in a folder lists.
+    """The pairs that `prompt.json` in a folder lists, for training.
 
     Raises:
         UserError: the table is missing or broken, or lists too few to hold some out.
@@ -143,7 +137,7 @@ def read_table(folder: Path) -> list[Pair]:
 
 
 def locate(name: str, folder: Path, field: Field) -> Path:
-    """Where a file of the table lies; the first place looked at, where nothing is, if it is nowhere.
+    """Where a file of the table lies; if it is nowhere, the first place where it may lie.
 
     `source/0.png` is looked for in the data set's folder and in the folder of its hints, `0.png` in the latter.
     """
@@ -166,30 +160,23 @@ def read_pair_image(pair: Pair, folder: Path, size: int | None, field: Field = "
 
 
 def readable_pairs(pairs: Sequence[Pair], folder: Path, keep_going: bool) -> list[Pair]:
-    """The pairs whose hints can be read.
+    """The pairs whose hints can be read; see `usable`."""
 
-    Raises:
-        UserError: as `usable`.
-    """
-
-    def make(pair: Pair) -> Pair:
+    def check(pair: Pair) -> Pair:
         read_pair_image(pair, folder, size=None)
         return pair
 
-    return usable(make, pairs, keep_going)
+    return usable(check, pairs, keep_going)
 
 
 def read_hints(pairs: Sequence[Pair], folder: Path, size: int, field: Field = "source") -> Tensor:
-    """The hints of all pairs, or their targets.
+    """The hints of pairs, or their targets, resized: uint8 (N, 3, size, size).
 
     Args:
         pairs: at least one.
         folder: where the names start, or the folder of the images itself.
-        size: side to resize to.
+        size: pixels of a side.
         field: "source" or "target".
-
-    Returns:
-        uint8 (N, 3, size, size).
 
     Raises:
         UserError: a file is missing or no image; with the table's line.
@@ -200,6 +187,5 @@ def read_hints(pairs: Sequence[Pair], folder: Path, size: int, field: Field = "s
         images[i] = torch.from_numpy(read_pair_image(pairs[i], folder, size, field).copy()).permute(2, 0, 1)
 
     with ThreadPoolExecutor() as pool:  # decoders let go of Python's lock
-        for _ in pool.map(read, range(len(pairs))):
-            pass
+        list(pool.map(read, range(len(pairs))))
     return images

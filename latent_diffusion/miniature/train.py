@@ -32,26 +32,16 @@ from common.schedule import NoiseSchedule
 from common.training import Trainer, diffusion_loss, loss_of
 from common.training_options import TrainingOptions, add_training_arguments, training_options
 from latent_diffusion.base import Base, load_part, prompt_tokens
-from latent_diffusion.drawing import PromptOptions, called_with_context, draw_prompts
-from latent_diffusion.miniature.colours import ciede2000, colour_named, rgb_to_lab
-from latent_diffusion.miniature.models import (
-    LATENT,
-    SIZE,
-    make_clip,
-    make_image_processor,
-    make_tokenizer,
-    make_unet,
-    make_vae,
-)
-from latent_diffusion.miniature.regions import NEAR, SEEN
-from latent_diffusion.miniature.scenes import read_prompt
+from latent_diffusion.drawing import PromptOptions, draw_prompts
+from latent_diffusion.miniature import models
+from latent_diffusion.miniature.colours import ciede2000, rgb_to_lab
 from latent_diffusion.pairs import HELD_OUT_EVERY, read_hints, read_table
 from latent_diffusion.saving import save_base, save_part
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARPEST = 100.0  # CLIP's largest factor of the cosines, as in the paper
 HELD = 256  # pictures, at most, that a stage is validated on
-DRAWN = 64  # pictures that the U-Net is measured by
+SHOWN = 16  # pictures in a sample grid
 AT_ONCE = 32  # pictures that the VAE encodes
 
 
@@ -78,7 +68,7 @@ class StageOptions:
 
 
 class Pictures(NamedTuple):
-    """Prompts and their pictures, uint8 (N, 3, SIZE, SIZE)."""
+    """Prompts and their pictures, uint8 (N, 3, 128, 128)."""
 
     prompts: list[str]
     images: Tensor
@@ -91,7 +81,7 @@ def read_pictures(folder: Path) -> tuple[Pictures, Pictures]:
         UserError: the table or a picture is missing or broken, or there are too few.
     """
     pairs = read_table(folder)
-    images = read_hints(pairs, folder, SIZE, field="target")
+    images = read_hints(pairs, folder, models.SIZE, field="target")
     held = torch.arange(len(pairs)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     both = ((~held).nonzero()[:, 0], held.nonzero()[:HELD, 0])
     train, held_out = (Pictures([pairs[k].prompt for k in index.tolist()], images[index]) for index in both)
@@ -140,13 +130,13 @@ def train_vae(config: StageOptions, options: TrainingOptions) -> Path:
     """
     (_, images), (_, kept) = read_pictures(config.data)
     torch.manual_seed(options.seed)
-    model = RoundTrip(make_vae())
+    model = RoundTrip(models.make_vae())
 
     def make_batch(step: int, generator: torch.Generator) -> Batch:
         index = shuffled_indices(len(images), options.seed, step * options.batch_size, options.batch_size)
         times = 2 if step < options.steps / 2 else 1
         x0 = F.avg_pool2d(to_unit_range(images[index]), times)
-        return {"x0": x0, "eps": torch.randn(len(x0), 4, *[LATENT // times] * 2, generator=generator)}
+        return {"x0": x0, "eps": torch.randn(len(x0), 4, *[models.LATENT // times] * 2, generator=generator)}
 
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         restored, mean, logvar = model(**batch)
@@ -168,7 +158,8 @@ def train_vae(config: StageOptions, options: TrainingOptions) -> Path:
         return {"ciede2000": float(ciede2000(wanted, shown).mean())}
 
     def sample(averaged: nn.Module) -> Tensor:
-        return grid(torch.cat([kept[:8], to_uint8(restore(averaged, kept[:8])[0])]), columns=8)
+        shown = kept[: SHOWN // 2]
+        return grid(torch.cat([shown, to_uint8(restore(averaged, shown)[0])]), columns=8)
 
     def write(averaged: nn.Module, facts: Mapping[str, Any]) -> None:
         with trainer.averaged_at_hand():
@@ -206,9 +197,9 @@ def contrastive_loss(clip: CLIPModel, batch: Batch) -> Tensor:
 def train_clip(config: StageOptions, options: TrainingOptions) -> Path:
     """Train CLIP and its tokenizer; write OUT/clip, and OUT/pipeline's text_encoder and tokenizer; returns OUT/clip."""
     train, held_out = read_pictures(config.data)
-    tokenizer = make_tokenizer(train.prompts)
+    tokenizer = models.make_tokenizer(train.prompts)
     torch.manual_seed(options.seed)
-    clip = make_clip(tokenizer)
+    clip = models.make_clip(tokenizer)
 
     def tokens(prompts: list[str]) -> Tensor:
         # Padding comes after the prompt's end, which nothing after it can change: the shortest will do.
@@ -227,22 +218,13 @@ def train_clip(config: StageOptions, options: TrainingOptions) -> Path:
         return {"own_picture_first": float((found == torch.arange(len(found), device=found.device)).float().mean())}
 
     def write(averaged: nn.Module, facts: Mapping[str, Any]) -> None:
-        save_part(config.out / "clip", averaged, tokenizer, make_image_processor())
+        save_part(config.out / "clip", averaged, tokenizer, models.make_image_processor())
         save_part(config.out / "pipeline" / "tokenizer", tokenizer)
         save_part(config.out / "pipeline" / "text_encoder", averaged.text_model)
 
     parts = {"make_batch": make_batch, "loss_fn": contrastive_loss, "validate": loss_of(judged, contrastive_loss)}
     make_trainer(config, options, "clip", clip, measure=measure, **parts).finish(write)
     return config.out / "clip"
-
-
-def shows_named_colours(image: Tensor, prompt: str) -> bool:
-    """Whether every colour that a sentence of fill50k names covers a part of a picture, uint8 (3, H, W)."""
-    if not (named := read_prompt(prompt)):
-        return False
-    pixels = rgb_to_lab(image.permute(1, 2, 0).numpy())
-    wanted = [rgb_to_lab(colour_named(name)) for name in (*named[0], named[1])]
-    return all((ciede2000(pixels, colour) <= NEAR).mean() >= SEEN for colour in wanted)
 
 
 def train_unet(config: StageOptions, options: TrainingOptions) -> Path:
@@ -254,7 +236,7 @@ def train_unet(config: StageOptions, options: TrainingOptions) -> Path:
     folder, device = config.out / "pipeline", pick_device(options.device)
     parts = {name: load_part(folder, name, device) for name in ("vae", "text_encoder", "tokenizer")}
     torch.manual_seed(options.seed)
-    base = Base(**parts, unet=make_unet(), schedule=NoiseSchedule("cosine"), prediction="v")
+    base = Base(**parts, unet=models.make_unet(), schedule=NoiseSchedule("cosine"), prediction="v")
     null = prompt_tokens(base.tokenizer, [""])
 
     def encode(pictures: Pictures) -> tuple[Tensor, Tensor]:
@@ -280,24 +262,17 @@ def train_unet(config: StageOptions, options: TrainingOptions) -> Path:
         def network(xt: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
             with torch.no_grad():
                 context = base.text_encoder(tokens).last_hidden_state
-            return called_with_context(model)(xt, t, context)
+            return model(xt, t, encoder_hidden_states=context).sample
 
         return diffusion_loss(network, batch, base.schedule, base.prediction, config.min_snr_gamma)
 
-    def draw(averaged: nn.Module, count: int) -> Tensor:
-        items = [(prompt, (k,)) for k, prompt in enumerate(held_out.prompts[:count])]  # always the same noise
-        return draw_prompts(replace(base, unet=averaged), items, PromptOptions(guidance_scale=2.0))
-
-    def measure(averaged: nn.Module) -> dict[str, float]:
-        shown = [shows_named_colours(*pair) for pair in zip(draw(averaged, DRAWN), held_out.prompts)]
-        return {"named_colours": sum(shown) / len(shown)}
-
     def sample(averaged: nn.Module) -> Tensor:
-        return grid(draw(averaged, 16), columns=8)
+        items = [(prompt, (k,)) for k, prompt in enumerate(held_out.prompts[:SHOWN])]  # always the same noise
+        return grid(draw_prompts(replace(base, unet=averaged), items, PromptOptions(guidance_scale=2.0)), columns=8)
 
     watched = draw_batch(kept, torch.arange(len(held_out.images)), seeded_generator(0, 3), drop=0.0)
-    parts = {"make_batch": make_batch, "loss_fn": loss_fn, "validate": loss_of(watched, loss_fn)}
-    trainer = make_trainer(config, options, "unet", base.unet, measure=measure, sample=sample, **parts)
+    parts = {"make_batch": make_batch, "loss_fn": loss_fn, "validate": loss_of(watched, loss_fn), "sample": sample}
+    trainer = make_trainer(config, options, "unet", base.unet, **parts)
     trainer.finish(lambda averaged, facts: save_base(folder, replace(base, unet=averaged)))
     return folder
 

@@ -54,13 +54,6 @@ def test_ciede2000_is_the_published_one():
     assert ciede2000(one, one).tolist() == [0.0] * 34
 
 
-def test_ciede2000_broadcasts():
-    table = ciede2000(PAIRS[:, None, :3], PAIRS[None, :, 3:6])
-    assert table.shape == (34, 34)
-    assert np.abs(np.diag(table) - PAIRS[:, 6]).max() < 5.1e-5
-
-
-# Lindbloom's values for sRGB under D65.
 @pytest.mark.parametrize(
     ("rgb", "lab"),
     [
@@ -75,12 +68,6 @@ def test_ciede2000_broadcasts():
 )
 def test_lab_of_known_colours(rgb, lab):
     assert np.abs(rgb_to_lab(rgb) - lab).max() < 2e-4
-
-
-def test_lab_keeps_the_shape():
-    image = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    assert rgb_to_lab(image).shape == (4, 5, 3)
-    assert np.abs(rgb_to_lab(image)[2, 3] - rgb_to_lab(image[2, 3])).max() < 1e-9
 
 
 def test_colours_are_all_of_css_once_each():

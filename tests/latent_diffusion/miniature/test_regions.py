@@ -22,7 +22,7 @@ from latent_diffusion.miniature.regions import (
 from latent_diffusion.miniature.scenes import Circle, Scene, distances, draw_hint, draw_target, random_scenes
 
 WINE, PETROL = np.array([120, 8, 56]), np.array([0, 80, 120])
-PALETTE = COLOURS | {"wine": tuple(WINE), "petrol": tuple(PETROL)}
+PALETTE = COLOURS | {"wine": tuple(WINE), "petrol": tuple(PETROL), "blend": tuple((WINE + PETROL) // 2)}
 LEFT, RIGHT = (36.0, 50.0, 20.0), (92.0, 80.0, 16.0)
 
 
@@ -63,13 +63,6 @@ def test_a_hint_agrees_with_the_target_drawn_from_it(size):
             assert intersection_over_union(region_at(target, deepest(region)), inside(circle, size)) >= 0.995
 
 
-def test_an_area_is_the_disc_or_the_background():
-    held = disc(60, 70, 30)
-    target = draw_target(held, 128)
-    np.testing.assert_array_equal(region_at(target, (64, 64)), inside(held.circles[0], 128))
-    np.testing.assert_array_equal(region_at(target, (5, 5)), ~inside(held.circles[0], 128))
-
-
 def test_moved_discs_lose_what_geometry_says():
     hint = draw_hint(disc(64, 64, 30), 128)
     shift, radius = 12, 30
@@ -88,14 +81,6 @@ def test_an_outline_through_the_centre_is_no_coin_toss(radius):
     row, column = grading_point(hint)
     assert 0 < np.hypot(row - 64, column - 64) < 8
     assert centre_iou(hint, draw_target(drawn, 128)) >= 0.98
-
-
-def test_soft_and_noisy_pictures_keep_their_areas():
-    drawn = disc(60, 66, 28, "light salmon", "light sky blue")
-    soft = Image.fromarray(draw_target(drawn, 128)).filter(ImageFilter.GaussianBlur(1))
-    noise = np.random.default_rng(0).normal(0, 2, (128, 128, 3))
-    picture = (np.asarray(soft) + noise).clip(0, 255).astype(np.uint8)
-    assert centre_iou(draw_hint(drawn, 128), picture) >= 0.98
 
 
 def test_the_least_visible_colours_are_told_apart():
@@ -199,6 +184,7 @@ def test_the_difference_is_that_of_the_disc_most_like_the_colour():
         ([(LEFT, "petrol")], "wine", [False, True]),
         ([(LEFT, "gold"), (RIGHT, "indigo")], "light gray", [False, False]),
         ([((45.0, 64.0, 18.0), "wine"), ((80.0, 64.0, 18.0), "petrol")], "white", [True, True]),
+        ([(LEFT, "blend")], "white", [False, False]),
     ],
 )
 def test_which_concepts_a_picture_shows(discs, background, shown):
@@ -206,12 +192,6 @@ def test_which_concepts_a_picture_shows(discs, background, shown):
     for image in (picture, blur(picture, 1.5)):
         assert shows_colours(image, [WINE, PETROL]) == shown
         assert shows_colours(image, [PETROL, WINE]) == shown[::-1]
-
-
-def test_a_blend_of_two_concepts_shows_neither():
-    blend = tuple((WINE + PETROL) // 2)
-    scene = Scene((Circle(*LEFT, "blend"),), "white")
-    assert shows_colours(draw_target(scene, 128, COLOURS | {"blend": blend}), [WINE, PETROL]) == [False, False]
 
 
 def test_one_disc_does_not_pass_for_two_concepts_that_are_alike():

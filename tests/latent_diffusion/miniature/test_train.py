@@ -40,9 +40,9 @@ def data(tmp_path_factory):
 def smaller():
     """Parts of a few thousand parameters."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_vae", partial(models.make_vae, (4, 4, 8, 8)))
-        patch.setattr(train, "make_clip", partial(models.make_clip, width=16, layers=1))
-        patch.setattr(train, "make_unet", partial(models.make_unet, (16, 32), 16))
+        patch.setattr(models, "make_vae", partial(models.make_vae, (4, 4, 8, 8)))
+        patch.setattr(models, "make_clip", partial(models.make_clip, width=16, layers=1))
+        patch.setattr(models, "make_unet", partial(models.make_unet, (16, 32), 16))
         yield
 
 
@@ -131,7 +131,7 @@ def test_an_earlier_part_may_be_trained_again(finished, data, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "batch_size", "measured"),
-    [("vae", 4, "ciede2000"), ("clip", 8, "own_picture_first"), ("unet", 8, "named_colours")],
+    [("vae", 4, "ciede2000"), ("clip", 8, "own_picture_first"), ("unet", 8, "validation_loss")],
 )
 def test_every_stage_learns(finished, data, tmp_path, stage, batch_size, measured):
     shutil.copytree(finished / "pipeline", tmp_path / "pipeline")

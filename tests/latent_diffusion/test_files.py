@@ -1,0 +1,304 @@
+"""Stable Diffusion v1 from its single file, in every form it comes in; other files are refused, and no code runs."""
+
+import io
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from common.checkpoint import save_tensors
+from common.cli import UserError
+from latent_diffusion.base import load_base
+from latent_diffusion.files import UNET, WeightsFile, cache_folder, make_models, read_config
+from p3_controlnet.model import ControlNet
+from tests.stable_diffusion import KEYS
+
+FIRST = f"{UNET}input_blocks.0.0.weight"
+CONTEXT = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+PARTS = ("unet", "vae", "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def base(sd_file):
+    return load_base(sd_file)
+
+
+def same(one, other, parts=PARTS) -> bool:
+    states = [[getattr(base, part).state_dict() for part in parts] for base in (one, other)]
+    return all(
+        ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        for ours, theirs in zip(*states)
+    )
+
+
+def test_the_published_list_is_matched_without_rest():
+    shapes = {name: tuple(shape) for name, shape in KEYS["sd_v1"].items()}
+    models = make_models(WeightsFile(Path("sd-v1-4.ckpt"), shapes))
+    numbers = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert numbers == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+    assert sum(len(model.state_dict()) for model in models.values()) == len(shapes) - 1  # position_ids
+    for name, model in models.items():
+        found = model.config.to_dict() if name == "text_encoder" else model.config
+        assert all(found[key] == value for key, value in read_config(name).items() if not key.startswith("_"))
+
+
+def test_models_are_diffusers_own(base, sd_state):
+    widths = {"block_out_channels": (32, 64, 128, 128)}
+    unet = UNet2DConditionModel(**read_config("unet") | widths | {"cross_attention_dim": 48})
+    unet.load_state_dict(convert_ldm_unet_checkpoint(sd_state, unet.config))
+    vae = AutoencoderKL(**read_config("vae") | widths)
+    vae.load_state_dict(convert_ldm_vae_checkpoint(sd_state, vae.config))
+    sizes = read_config("text_encoder") | {"hidden_size": 48, "intermediate_size": 192}
+    text_encoder = CLIPTextModel(CLIPTextConfig(**sizes)).eval()
+    state = convert_ldm_clip_checkpoint(sd_state)
+    state.pop("text_model.embeddings.position_ids")
+    text_encoder.load_state_dict({name.removeprefix("text_model."): tensor for name, tensor in state.items()})
+    assert same(base, types.SimpleNamespace(unet=unet, vae=vae, text_encoder=text_encoder))
+    # As OpenAI's own tokenizer has them; the end of text is the padding too.
+    tokens = [49406, 736, 7117, 593, 1395, 10763, 8291, 267, 15304, 256, 49407]
+    with torch.no_grad():
+        expected = text_encoder(torch.tensor([tokens + [49407] * (77 - len(tokens))])).last_hidden_state
+    context = base.encode_prompts(["Red circle with light goldenrod , café !"])
+    assert context.shape == (1, 77, 48)
+    assert (context - expected).abs().max() <= 1e-4
+
+
+def test_schedule_is_that_of_stable_diffusion(base):
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    assert (base.schedule.alphas_cumprod - (1 - betas).cumprod(0)).abs().max() <= 1e-12
+    assert (base.prediction, base.factor, base.unet.config.sample_size) == ("eps", 8, 64)
+
+
+@pytest.fixture
+def lightning(monkeypatch):
+    """The class of a training library that is not installed where files are read: it must not be there to run."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+    for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
+        monkeypatch.setitem(sys.modules, part, module)
+    return module.ModelCheckpoint
+
+
+def like_lightning(state, callback) -> dict:
+    """What lies in `sd-v1-4.ckpt` beside the weights."""
+    score = {"best_model_score": torch.tensor(0.5), "current": np.float64(0.25), "monitor": "val/loss"}
+    used = callback()
+    used.best_k_models = {"a": 1}
+    return {
+        "global_step": 470000,
+        "pytorch-lightning_version": "1.4.2",
+        "state_dict": {"betas": torch.rand(1000), "alphas_cumprod": torch.rand(1000)} | state,
+        "callbacks": {callback: score, "again": used},
+    }
+
+
+def add_ema(state) -> dict:
+    """With EMA weights that are the right ones, beside spoiled ones."""
+    unet = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+    average = {"model_ema." + name.removeprefix("model.").replace(".", ""): tensor for name, tensor in unet.items()}
+    count = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+    return state | {name: tensor + 1 for name, tensor in unet.items()} | average | count
+
+
+FORMS = {
+    "bare": lambda state: state,
+    "with the VAE's discriminator": lambda state: state | {"first_stage_model.loss.logvar": torch.zeros(())},
+    "without position_ids": lambda state: {name: t for name, t in state.items() if not name.endswith("position_ids")},
+    "later text model": lambda state: {
+        n.replace("transformer.text_model.", "transformer."): t for n, t in state.items()
+    },
+    "EMA": add_ema,
+    "linear attention": lambda state: {
+        name: t[:, :, 0, 0] if ".attn_1." in name and t.ndim == 4 else t for name, t in state.items()
+    },
+}
+
+
+@pytest.mark.parametrize(("form", "suffix"), [("bare", "ckpt"), *((form, "safetensors") for form in FORMS)])
+def test_every_form_of_the_file(sd_state, base, tmp_path, form, suffix):
+    state, path = FORMS[form](sd_state), tmp_path / f"sd.{suffix}"
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    torch.save(state, path) if suffix == "ckpt" else save_file(state, path)
+    assert same(load_base(path), base)
+
+
+def test_half_precision_on_disk_and_in_memory(sd_state, base, tmp_path):
+    path = tmp_path / "sd.ckpt"
+    torch.save({"state_dict": {name: t.half() if t.is_floating_point() else t for name, t in sd_state.items()}}, path)
+    read = load_base(path)
+    assert read.unet.dtype == torch.float32
+    assert torch.equal(read.unet.conv_in.weight, base.unet.conv_in.weight.half().float())
+    assert load_base(path, dtype=torch.bfloat16).unet.conv_out.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_reading_in_pieces_gives_the_same(sd_state, base, tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"sd.{suffix}"
+    torch.save(sd_state, path) if suffix == "ckpt" else save_file(sd_state, path)
+    monkeypatch.setattr("latent_diffusion.files.AT_ONCE", 1_000_000)
+    assert same(load_base(path), base)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "as before torch 1.6"])
+def test_a_ckpt_is_converted_once(sd_state, base, tmp_path, lightning, zipped, monkeypatch):
+    path, cache = tmp_path / "sd-v1-4.ckpt", tmp_path / "cache"
+    torch.save(like_lightning(add_ema(sd_state), lightning), path, _use_new_zipfile_serialization=zipped)
+    for name in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
+        monkeypatch.delitem(sys.modules, name)
+    first = load_base(path, cache=cache)
+    (copy,) = cache.iterdir()
+    assert copy.name.startswith("sd-v1-4-")
+    assert load_file(copy).keys() == {name for name in sd_state if not name.endswith("position_ids")}
+    monkeypatch.setattr(torch, "load", None)
+    assert same(first, base)
+    assert same(load_base(path, cache=cache), base)
+    monkeypatch.undo()
+    torch.save(sd_state | {FIRST: torch.zeros_like(sd_state[FIRST])}, path)
+    assert load_base(path, cache=cache).unet.conv_in.weight.abs().max() == 0
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_safetensors_file_needs_no_copy(sd_file, tmp_path):
+    load_base(sd_file, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_full_disk_costs_no_more_than_the_copy(sd_state, base, tmp_path, full_disk, capsys):
+    path = tmp_path / "sd.ckpt"
+    torch.save(sd_state, path)
+    with full_disk(2**20):
+        read = load_base(path, cache=tmp_path / "cache")
+    assert same(read, base)
+    assert not list((tmp_path / "cache").iterdir())
+    err = capsys.readouterr().err
+    assert (err.startswith("warning: "), err.count("\n")) == (True, 1)
+
+
+def test_the_cache_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "dlcv-hw2"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "dlcv-hw2"
+
+
+def refuse(path, load=load_base) -> str:
+    with pytest.raises(UserError) as caught:
+        load(path)
+    line = str(caught.value)
+    assert line.startswith(f"{path}: ")
+    assert "\n" not in line
+    return line
+
+
+def test_missing_and_further_weights_are_named(sd_state, tmp_path):
+    path = tmp_path / "sd.safetensors"
+    save_file({name: tensor for name, tensor in sd_state.items() if name != FIRST}, path)
+    assert "does not fit UNet2DConditionModel: 1 missing (conv_in" in refuse(path)
+    save_file(sd_state | {"first_stage_model.extra.weight": torch.zeros(1)}, path)
+    assert "AutoencoderKL: 1 unexpected (extra.weight)" in refuse(path)
+    for prefix in ("first_stage_model.", "cond_stage_model."):
+        save_file({name: tensor for name, tensor in sd_state.items() if not name.startswith(prefix)}, path)
+        assert "is Stable Diffusion v1 but lacks " in refuse(path)
+
+
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "as before torch 1.6"])
+@pytest.mark.parametrize(
+    "load", [load_base, ControlNet.load, lambda path: load_base(path, cache=path.parent / "cache")]
+)
+def test_code_in_a_pickle_does_not_run(tmp_path, load, zipped):
+    target, path = tmp_path / "executed", tmp_path / "sd.ckpt"
+    for payload in Harmful(os.mkdir, str(target)), Harmful(eval, f"__import__('os').mkdir({str(target)!r})"):
+        pickle.loads(pickle.dumps(payload))
+        target.rmdir()  # the payload works
+        content = {"callbacks": payload, "state_dict": {f"{UNET}x": torch.zeros(1)}}
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        line = refuse(path, load)
+        assert f"it asks for {'eval' if payload.call[0] is eval else 'posix.mkdir'}" in line
+        assert "it was not read" in line
+        assert [file.name for file in tmp_path.iterdir()] == ["sd.ckpt"]
+
+
+def to_ckpt(state: dict) -> bytes:
+    torch.save(state, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("load", [load_base, ControlNet.load])
+@pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.99])
+def test_truncated_files(tmp_path, load, part):
+    content = to_ckpt({f"{UNET}x": torch.rand(1000)})
+    (path := tmp_path / "sd.ckpt").write_bytes(content[: int(len(content) * part)])
+    assert "truncated" in refuse(path, load)
+    save_file({f"{UNET}x": torch.rand(1000)}, path := tmp_path / "sd.safetensors")
+    path.write_bytes(path.read_bytes()[: int(4096 * part)])
+    assert "not a whole safetensors file" in refuse(path, load)
+
+
+V1 = {FIRST: (32, 4, 3, 3), CONTEXT: (32, 48)}
+OTHERS = {
+    "Stable Diffusion v2": {"cond_stage_model.model.ln_final.weight": (4,), **V1},
+    "Stable Diffusion v2,": V1 | {CONTEXT: (32, 1024)},
+    "Stable Diffusion XL": {"conditioner.embedders.1.model.ln_final.weight": (4,), **V1},
+    "Stable Diffusion 3": {f"{UNET}joint_blocks.0.x_block.attn.qkv.weight": (4, 4)},
+    "Stable Diffusion v1 for inpainting": V1 | {FIRST: (32, 9, 3, 3)},
+    "Flux": {"double_blocks.0.img_attn.qkv.weight": (4, 4)},
+    "a ControlNet": {"control_model.zero_convs.0.0.weight": (4, 4, 1, 1)},
+    "a ControlNet, ": {"controlnet_mid_block.weight": (4, 4, 1, 1), "conv_in.weight": (4, 4, 3, 3)},
+    "a LoRA": {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (4, 4)},
+    "one model of a diffusers folder": {"down_blocks.0.resnets.0.conv1.weight": (4, 4)},
+    "a VAE": {"encoder.conv_in.weight": (4, 3, 3, 3)},
+    "no model that is known here (its first weight is fc.weight)": {"fc.weight": (4, 4)},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_models_are_told_by_name(tmp_path, kind):
+    state = {name: torch.zeros(shape) for name, shape in OTHERS[kind].items()}
+    save_file(state, path := tmp_path / "some.safetensors")
+    line = refuse(path)
+    assert f"is {kind.rstrip(', ')}, not Stable Diffusion v1; " in line
+    assert ("--controlnet" in line) == ("ControlNet" in kind)
+    if "ControlNet" not in kind:
+        assert f"is {kind.rstrip(', ')}, not a ControlNet; " in refuse(path, ControlNet.load)
+
+
+def test_a_base_is_no_controlnet(sd_file, tmp_path):
+    assert "is Stable Diffusion v1, not a ControlNet" in refuse(sd_file, ControlNet.load)
+    save_tensors(path := tmp_path / "digits.safetensors", {"x": torch.zeros(1)}, {"kind": "ContextUNet", "config": {}})
+    assert "is a ContextUNet of this project, not Stable Diffusion v1" in refuse(path)
+
+
+@pytest.mark.parametrize("content", [{}, [], {"state_dict": None}, torch.zeros(3), {"epoch": 1}])
+def test_files_without_weights(tmp_path, content):
+    torch.save(content, path := tmp_path / "sd.ckpt")
+    assert "holds no named tensors" in refuse(path)
+
+
+@pytest.mark.parametrize("load", [load_base, ControlNet.load])
+def test_nothing_there(tmp_path, load):
+    assert "no such file" in refuse(tmp_path / "absent.ckpt", load)
