@@ -40,8 +40,8 @@ bench: setup
 # make report P1_WEIGHTS=... shows a student's own; the names are those of the flags of docs/report/make.py.
 report: setup
 	$(IN_ROOT) flags=(); \
-	for name in P1_WEIGHTS P1_DATA P1_CLASSIFIER P2_WEIGHTS P2_NOISE P2_TRUTH P3_BASE P3_CONTROLNET P3_EXAMPLES \
-		P3_CLIP P3_ZEROSHOT P3_TABLE P3_REFERENCES P3_WORDS P3_CUSTOM; do \
+	for name in P1_WEIGHTS P2_WEIGHTS P2_EXAMPLES P3_BASE P3_CONTROLNET P3_CONCEPTS P3_WORDS P3_CUSTOM P3_CLIP \
+		P3_ZEROSHOT; do \
 		if [ -n "$${!name}" ]; then flag=$${name,,}; flags+=("--$${flag//_/-}" "$${!name}"); fi; \
 	done; \
 	.venv/bin/python docs/report/make.py "$${flags[@]}"

@@ -1,183 +1,269 @@
-"""Make the report: every figure that the course asks for, drawn now, with what was measured, as one HTML file.
+"""Make the report: every figure that the course asks for, drawn now, with what was measured, as one HTML page.
 
-python docs/report/make.py                                   # the shipped weights, into outputs/report/index.html
-python docs/report/make.py --p1-weights runs/p1/model.safetensors --only p1
+python docs/report/make.py                                                     # the shipped weights
+python docs/report/make.py --only p1 --p1-weights runs/p1/model.safetensors    # your own, judged here
 
-Each figure is made by a program of the repository, whose command stands beside it; numbers are read from what those
-programs wrote. What lacks weights or data is said to be missing. The file needs no network, and prints on A4.
+A program of the repository draws each figure, and the page shows its command. What the shipped weights reach is read
+from docs/results/; your own weights are judged by the same programs. The page needs no network.
 """
 
-import datetime
+import base64
 import hashlib
+import json
+import mimetypes
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from io import BytesIO
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
+from torch import Tensor
 
-from common.checkpoint import load_about, write_atomically
-from common.cli import Parser, UserError, progress, run, say
-from common.images import check_output_folder
-from docs.report.page import Part, Table, page
-from docs.report.sections import SECTIONS, Command, Section
-from docs.report.tables import ROOT, shown
-from docs.report.texts import TEXTS
+from common.checkpoint import write_atomically
+from common.cli import Parser, UserError, check, progress, run, say
+from common.data import read_image
+from common.images import captioned, check_output_folder, grid, save_png
 
-MINIATURE = ROOT / "latent_diffusion" / "miniature" / "weights"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
+# The commands of each problem, under the name of the folder that they fill. Each needs what the one before it made.
+# A part in brackets is left out where its name has no value, since the programs have defaults of their own.
+COMMANDS = {
+    "p1": {
+        "p1_figures": ["p1_ddpm/figures.py --out {out}/p1_figures [--weights {p1_weights}] --seed {seed}"],
+        "p1_2025": [
+            "p1_ddpm/sample.py {out}/p1_2025 [--weights {p1_weights}] --seed {seed} --overwrite",
+            "p1_ddpm/evaluate.py {out}/p1_2025 --json {out}/p1_2025.json",
+        ],
+        "p1_2024": [
+            "p1_ddpm/sample.py {out}/p1_2024 --layout 2024 [--weights {p1_weights}] --seed {seed} --overwrite",
+            "p1_ddpm/evaluate.py {out}/p1_2024 --layout 2024 --json {out}/p1_2024.json",
+        ],
+    },
+    "p2": {
+        "p2_figures": [
+            "p2_ddim/figures.py --out {out}/p2_figures --only eta strips --noise {p2_examples}/noise"
+            " [--weights {p2_weights}] --seed {seed}"
+        ],
+        "p2": [
+            "p2_ddim/sample.py {p2_examples}/noise {out}/p2 [{p2_weights}] --seed {seed}",
+            "p2_ddim/evaluate.py {out}/p2 {p2_examples}/GT --json {out}/p2.json",
+        ],
+    },
+    "p3": {
+        "p3_figures": [
+            "p3_controlnet/figures.py --out {out}/p3_figures --only sides two strength [--base {p3_base}]"
+            " [--controlnet {p3_controlnet}] --seed {seed}"
+        ],
+        "p3": [
+            "p3_controlnet/sample.py p3_controlnet/examples/prompt.json p3_controlnet/examples {out}/p3 [{p3_base}]"
+            " [--controlnet {p3_controlnet}] --seed {seed}",
+            "p3_controlnet/evaluate.py p3_controlnet/examples/prompt.json p3_controlnet/examples {out}/p3"
+            " --json {out}/p3.json",
+        ],
+    },
+    "p3-2024": {
+        "p3_zeroshot": [
+            "p3_personalization/zeroshot.py [{p3_zeroshot}] [--clip {p3_clip}] --out {out}/p3_zeroshot"
+            " --json {out}/p3_zeroshot.json"
+        ],
+        "p3_2024_figures": [
+            "p3_personalization/figures.py --out {out}/p3_2024_figures --table {p3_concepts}/input.json --references"
+            " {p3_concepts} [--base {p3_base}] [--words {p3_words}] [--custom {p3_custom}] --seed {seed}"
+        ],
+        "p3_2024": [
+            "p3_personalization/generate.py {p3_concepts}/input.json {out}/p3_2024 [{p3_base}] [--words {p3_words}]"
+            " --seed {seed} --overwrite",
+            "p3_personalization/evaluate.py {p3_concepts}/input.json {out}/p3_2024 {p3_concepts} [--clip {p3_clip}]"
+            " --json {out}/p3_2024.json",
+        ],
+    },
+}
+# What is judged only if one of these flags names your own weights; docs/results has it of the shipped ones.
+JUDGED = {
+    "p1_2025": ("p1_weights",),
+    "p1_2024": ("p1_weights",),
+    "p3_2024": ("p3_base", "p3_words"),
+}
+FACES = 4  # shown beside their ground truth
+FACE_SIDE = 256  # pixels that small faces are enlarged to
+CONTRAST = 50  # what the difference of two faces is multiplied by; else it looks black
 
-TITLE = "Diffusion models: the report"
-INTRODUCTION = (
-    "Every figure that the course's three problems ask for, in the Fall 2025 and Fall 2024 editions, drawn for this"
-    " page by the commands that stand beside them. Numbers were read from what the evaluations wrote, as it says under"
-    " each table.",
-)
+
+@dataclass
+class Outcome:
+    """What became of the commands of one name: each with its seconds, and why the last one failed, if it did."""
+
+    commands: list[tuple[str, float]] = field(default_factory=list)
+    failure: str = ""
 
 
-class Runner:
-    """Runs the commands of the sections, each of them once however many sections share it.
+def shown(path: Path) -> str:
+    """A path as you would type it in the repository's folder."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
-    Attributes:
-        seconds: that each command took.
-        failures: the last line that each failing command said.
+
+def words_of(command: str, values: Mapping[str, Any]) -> list[str]:
+    """The words of a command of `COMMANDS`, with the values filled in; these may hold spaces."""
+
+    def keep_if_given(part: re.Match) -> str:
+        return part[1] if all(values[name] for name in re.findall(r"{(\w+)}", part[1])) else ""
+
+    return [word.format_map(values) for word in shlex.split(re.sub(r"\[(.*?)\]", keep_if_given, command))]
+
+
+def plan_commands(args: Namespace) -> dict[str, list[list[str]]]:
+    """The words of all commands that the report needs, by the name of what they make."""
+    values = {name: shown(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {
+        name: [words_of(command, values) for command in commands]
+        for problem in args.only
+        for name, commands in COMMANDS[problem].items()
+        if name not in JUDGED or any(values[flag] for flag in JUDGED[name])
+    }
+
+
+def call(commands: Sequence[list[str]]) -> Outcome:
+    """Run programs in the repository's folder, up to the first that fails."""
+    outcome = Outcome()
+    for words in commands:
+        line = f"python {shlex.join(words)}"
+        say(line)
+        start = perf_counter()
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+        outcome.commands.append((line, perf_counter() - start))
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            outcome.failure = f"{words[0]}: {said[-1]}"
+            break
+    return outcome
+
+
+def compare_faces(drawn: Path, truth: Path, errors: Mapping[str, float]) -> Tensor:
+    """The first faces above their ground truth and the difference of the two: uint8 (3, height, width).
+
+    Args:
+        drawn: folder of the faces.
+        truth: folder of the ground truth, with the same file names.
+        errors: mean squared error by file name.
     """
-
-    def __init__(self):
-        self.seconds: dict[tuple[str, ...], float] = {}
-        self.failures: dict[tuple[str, ...], str] = {}
-
-    @staticmethod
-    def words(command: Command) -> tuple[str, ...]:
-        """The command's words after `python`, with paths as seen from the repository's folder."""
-        return tuple(shown(word) if isinstance(word, Path) else str(word) for word in command.words)
-
-    def run(self, command: Command) -> str:
-        """Run a command from the repository's folder, unless that was done; returns why it failed, or nothing."""
-        words = self.words(command)
-        if words not in self.seconds:
-            for file in command.makes:  # what an earlier report left must not pass for new
-                file.unlink(missing_ok=True)
-            say(f"python {shlex.join(words)}")
-            start = perf_counter()
-            done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-            self.seconds[words] = perf_counter() - start
-            missing = [file for file in command.makes if not file.exists()]
-            if done.returncode or missing:
-                said = done.stderr.strip().splitlines() or [f"did not write {', '.join(map(shown, missing))}"]
-                self.failures[words] = f"{words[0]}: {said[-1]}"
-        return self.failures.get(words, "")
-
-
-def part_of(section: Section, runner: Runner, seed: int) -> Part:
-    """Draw a section, or say why it cannot be drawn."""
-    key, text = section.key, TEXTS[section.key]
-    if missing := [need for need in section.needs if not need.path.exists()]:
-        said = " ".join(f"{shown(need.path)} is not there; to get it, {need.mend}." for need in missing)
-        return Part(key, text, absent=f"Not drawn. {said}")
-    for command in section.commands:
-        if failure := runner.run(command):
-            return Part(key, text, absent=f"Not drawn, since a command failed. {failure}")
-    ran = [runner.words(command) for command in section.commands]
-    return Part(
-        key,
-        text,
-        figures=section.figures,
-        tables=[table for read in section.tables for table in read()],
-        commands=[(f"python {shlex.join(words)}", runner.seconds[words]) for words in ran],
-        seed=seed,
-        wide=section.wide,
+    names = [name for name in errors if name != "mean"][:FACES]
+    ours, theirs = (
+        torch.stack([torch.from_numpy(read_image(folder / name, None).copy()).permute(2, 0, 1) for name in names])
+        for folder in (drawn, truth)
     )
+    difference = (CONTRAST * (ours.int() - theirs.int()).abs()).clamp(max=255).to(torch.uint8)
+    picture = grid(torch.cat([ours, theirs, difference]), len(names), max(1, FACE_SIDE // ours.shape[-1]))
+    columns = [f"{Path(name).stem}, MSE {errors[name]:.4f}" for name in names]
+    return captioned(picture, ["drawn", "ground truth", f"{CONTRAST} x difference"], columns)
 
 
-def weights_rows(paths: Sequence[Path]) -> list[list[str]]:
-    """A row a weights file: the beginning of its SHA-256, and what it says of its training."""
-    rows = []
-    for path in paths:
-        files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
-        for file in files:
+def embed(content: bytes | Path, kind: str = "") -> str:
+    """A picture, or a picture file, as an address that holds all of it."""
+    if isinstance(content, Path):
+        content, kind = content.read_bytes(), mimetypes.guess_type(content)[0]
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def draw_equation(tex: str) -> str:
+    """An equation, in matplotlib's TeX, as the address of an SVG that needs no font of the reader's."""
+    from matplotlib import font_manager, mathtext  # here, because it takes a second to import
+
+    svg = BytesIO()
+    mathtext.math_to_image(f"${tex}$", svg, font_manager.FontProperties(size=13), format="svg")
+    return embed(svg.getvalue(), "image/svg+xml")
+
+
+def decimal(value: Any, digits: int = 3, factor: float = 1) -> str:
+    """A rounded number, or a mean with its standard error; a dash for what was not measured."""
+    if value is None or isinstance(value, Undefined):
+        return "-"
+    if not isinstance(value, Mapping):
+        return f"{factor * value:.{digits}f}"
+    parts = [value["mean"], value["standard_error"]]
+    return " ± ".join(decimal(part, digits, factor) for part in parts if part is not None)
+
+
+def percent(value: Any, digits: int = 2) -> str:
+    """The same for a share."""
+    text = decimal(value, digits, 100)
+    return text if text == "-" else f"{text} %"
+
+
+def describe_weights(args: Namespace) -> list[str]:
+    """Your own weights files, each with the start of its SHA-256."""
+    named = (args.p1_weights, args.p2_weights, args.p3_controlnet, args.p3_words, args.p3_custom)
+    lines = []
+    for path in filter(None, named):
+        for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
             with open(file, "rb") as opened:
-                facts = [f"SHA-256 {hashlib.file_digest(opened, 'sha256').hexdigest()[:16]}"]
-            about = load_about(file) if file.suffix == ".safetensors" else {}
-            facts += [
-                f"{name.replace('_', ' ')} {about[name]}" for name in ("step", "validation_loss") if name in about
-            ]
-            rows.append([shown(file), ", ".join(facts)])
-    return rows
+                lines.append(f"{shown(file)}: SHA-256 {hashlib.file_digest(opened, 'sha256').hexdigest()[:16]}")
+    return lines
 
 
-def facts(args: Namespace, seconds: float) -> Table:
-    """What the report was made with: weights, versions, machine."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+def render(args: Namespace, outcomes: Mapping[str, Outcome], seconds: float) -> str:
+    """The page, of what the commands made."""
+
+    def read(name: str) -> tuple[Any, str]:
+        """What an evaluation wrote, just now or into docs/results, and its path; None if it is not there."""
+        file = (args.out if name in outcomes else RESULTS) / f"{name}.json"
+        if (name in outcomes and outcomes[name].failure) or not file.exists():
+            return None, shown(file)
+        return json.loads(file.read_text()), shown(file)
+
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    rows = weights_rows([args.p1_weights, args.p2_weights, args.p3_base, args.p3_words, args.p3_custom])
-    rows += weights_rows([args.p3_controlnet or ROOT / "p3_controlnet" / "weights" / "controlnet"])
-    rows += [
-        ["made", f"{datetime.datetime.now():%Y-%m-%d %H:%M}, in {seconds:.0f} s"],
-        ["machine", f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}"],
-        ["versions", f"Python {platform.python_version()}, torch {torch.__version__}"],
+    facts = [
+        f"{datetime.now():%Y-%m-%d %H:%M}, in {seconds:.0f} s",
+        f"revision {revision.stdout.strip() or '-'}",
+        f"{platform.machine()}, {torch.get_num_threads()} CPU thread(s)",
+        torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
+        f"Python {platform.python_version()}, torch {torch.__version__}",
+        *describe_weights(args),
     ]
-    if not revision.returncode:
-        rows.append(["revision", revision.stdout.strip()])
-    return Table("", ["", ""], rows, "the files themselves, and this machine")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters |= {"percent": percent, "decimal": decimal}
+    environment.globals |= {"read": read, "embed": embed, "equation": draw_equation}
+    return environment.get_template("template.html").render(args=args, outcomes=outcomes, facts=facts)
 
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="make.py", description=__doc__)
     report = parser.add_argument_group("report")
-    report.add_argument("--out", type=Path, default=ROOT / "outputs" / "report", help="folder of the report")
-    report.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="which problems")
-    report.add_argument("--seed", type=int, default=0, help="of all figures")
-    p1 = parser.add_argument_group("problem 1")
-    digits = ROOT / "p1_ddpm" / "weights" / "digits.safetensors"
-    p1.add_argument("--p1-weights", type=Path, default=digits, help="weights of train.py")
-    p1.add_argument("--p1-data", type=Path, help="the course's digits folder, if not hw2_data/digits")
-    p1.add_argument("--p1-classifier", type=Path, help="the course's Classifier.pth, which then judges too")
-    p2, faces = parser.add_argument_group("problem 2"), ROOT / "p2_ddim"
-    p2.add_argument("--p2-weights", type=Path, default=faces / "weights" / "faces.safetensors", help="or UNet.pt")
-    p2.add_argument("--p2-noise", type=Path, default=faces / "examples" / "noise", help="folder with 00.pt, 01.pt, ...")
-    p2.add_argument("--p2-truth", type=Path, default=faces / "examples" / "GT", help="folder with 00.png, 01.png, ...")
-    p3, shipped = parser.add_argument_group("problem 3, Fall 2025"), ROOT / "p3_controlnet"
-    p3.add_argument(
-        "--p3-base",
-        type=Path,
-        default=MINIATURE / "base",
-        help="or sd-v1-4.ckpt",
-    )
-    p3.add_argument("--p3-controlnet", type=Path, help="folder or file (default: as sample.py chooses)")
-    p3.add_argument("--p3-examples", type=Path, default=shipped / "examples", help="prompt.json, source/ and target/")
-    new, own = parser.add_argument_group("problem 3, Fall 2024"), ROOT / "p3_personalization"
-    new.add_argument(
-        "--p3-clip",
-        type=Path,
-        default=MINIATURE / "clip",
-        help="CLIP in transformers' format",
-    )
-    new.add_argument("--p3-zeroshot", type=Path, help="folder with id2label.json and val/ (default: drawn circles)")
-    new.add_argument("--p3-table", type=Path, default=own / "examples" / "input.json", help="the course's input.json")
-    new.add_argument("--p3-references", type=Path, default=own / "examples", help="a folder of photos a concept")
-    new.add_argument("--p3-words", type=Path, default=own / "weights" / "words.safetensors", help="learned words")
-    new.add_argument(
-        "--p3-custom", type=Path, default=own / "weights" / "custom.safetensors", help="Custom Diffusion's"
+    report.add_argument("--out", type=Path, default=ROOT / "outputs" / "report", help="folder for the report")
+    report.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS), help="which problems to show")
+    report.add_argument("--seed", type=int, default=0, help="seed of all figures")
+    own = parser.add_argument_group("your own, in place of what is shipped")
+    for name, metavar, text in (
+        ("--p1-weights", "FILE", "weights of p1_ddpm/train.py"),
+        ("--p2-weights", "FILE", "UNet.pt, or weights of p2_ddim/train.py"),
+        ("--p3-base", "SD_CKPT", "the frozen Stable Diffusion"),
+        ("--p3-controlnet", "PATH", "a ControlNet of p3_controlnet/train.py"),
+        ("--p3-words", "FILE", "words that p3_personalization/textual_inversion.py learned"),
+        ("--p3-custom", "FILE", "weights of p3_personalization/custom_diffusion.py"),
+        ("--p3-clip", "FOLDER", "a CLIP model in transformers' format"),
+        ("--p3-zeroshot", "FOLDER", "pictures to classify: id2label.json and val/"),
+    ):
+        own.add_argument(name, type=Path, metavar=metavar, help=text)
+    faces, concepts = ROOT / "p2_ddim" / "examples", ROOT / "p3_personalization" / "examples"
+    own.add_argument("--p2-examples", type=Path, default=faces, metavar="FOLDER", help="has noise/ and GT/")
+    own.add_argument(
+        "--p3-concepts", type=Path, default=concepts, metavar="FOLDER", help="has input.json and a folder a concept"
     )
     return parser.parse_args(argv)
-
-
-def check_named(args: Namespace) -> None:
-    """Make sure that every file that the caller named is there; only what is missing by default is told in the report.
-
-    Raises:
-        UserError: one is not.
-    """
-    defaults = parse_arguments([])
-    for name, value in vars(args).items():
-        if name != "out" and isinstance(value, Path) and value != getattr(defaults, name) and not value.exists():
-            raise UserError(f"--{name.replace('_', '-')} {value}: no such file or folder; check the path")
 
 
 def main(args) -> Path:
@@ -186,24 +272,24 @@ def main(args) -> Path:
     Raises:
         UserError: a named file is missing, the folder cannot be written, or a command failed; then the page is there.
     """
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: seeds are whole numbers from 0")
-    check_named(args)
-    check_output_folder(args.out)
+    check("seed", args.seed, args.seed >= 0, "at least 0")
     for name, value in vars(args).items():
-        if isinstance(value, Path):  # the programs run in the repository's folder, not in the caller's
-            setattr(args, name, value.absolute())
-    start, runner = perf_counter(), Runner()
-    sections = [section for name, make in SECTIONS.items() if name in args.only for section in make(args)]
-    parts = [part_of(section, runner, args.seed) for section in progress(sections, "report", "section")]
-    text = page(TITLE, INTRODUCTION, facts(args, perf_counter() - start), parts)
+        if isinstance(value, Path):
+            setattr(args, name, value.absolute())  # the programs run in the repository's folder, not in yours
+            check(name, value, name == "out" or value.exists(), "a file or folder that is there")
+    check_output_folder(args.out)
+    start = perf_counter()
+    plan = plan_commands(args)
+    outcomes = {name: call(plan[name]) for name in progress(list(plan), "report", "part")}
+    if "p2" in outcomes and not outcomes["p2"].failure:
+        errors = json.loads((args.out / "p2.json").read_text())
+        save_png(args.out / "p2_truth.png", compare_faces(args.out / "p2", args.p2_examples / "GT", errors))
+    text = render(args, outcomes, perf_counter() - start)
     path = args.out / "index.html"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    absent = [part.text.title for part in parts if part.absent]
-    left_out = f", without: {'; '.join(absent)}" if absent else ""
-    say(f"{path}: {len(parts) - len(absent)} of {len(parts)} sections{left_out}")
-    if runner.failures:
-        raise UserError("; ".join(runner.failures.values()) + f"; the rest is in {path}")
+    if failures := [outcome.failure for outcome in outcomes.values() if outcome.failure]:
+        raise UserError(f"{'; '.join(failures)}; the rest is in {path}")
+    say(str(path))
     return path
 
 
