@@ -19,8 +19,8 @@ from p3_controlnet import fill50k
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in ("p1_ddpm", "p2_ddim", "p3_controlnet", "p3_personalization", "benchmarks", "docs/report", "studio")
-    for path in (ROOT / folder).glob("*.py")
+    for folder in ("latent_diffusion", "p[123]_*", "benchmarks", "docs", "studio")
+    for path in ROOT.glob(f"{folder}/**/*.py")
     if "def parse_arguments(" in path.read_text(encoding="utf-8")
 )
 MEASURING = [script for script in SCRIPTS if script.endswith(("/evaluate.py", "/quality.py", "/zeroshot.py"))]
