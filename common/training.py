@@ -219,7 +219,8 @@ class Trainer:
                 if self.validate and self.due(options.validate_every):
                     self.report(loss, phase)
                 if self.sample and self.due(options.sample_every):
-                    self.draw_samples()
+                    with self.averaged_at_hand() as averaged:
+                        self.log.picture(self.step, self.sample(averaged))
                 if self.due(options.save_every):
                     self.state.save(self.accelerator.scaler)
         if main:
@@ -258,26 +259,16 @@ class Trainer:
         return self.state.about | {"step": self.step, "training": self.state.notes, "validation_loss": loss}
 
     def report(self, training_loss: float, phase: Progress) -> None:
-        """Log how good the averaged model is; beside a bar that is not shown, print it."""
+        """Log how good the averaged model is, keep the best one, and print the numbers where no bar shows them."""
         loss, measured = self.validation_loss(), {}
         if self.measure:
             with self.averaged_at_hand() as averaged:
                 measured = dict(self.measure(averaged))
         self.log.numbers(self.step, validation_loss=loss, **measured)
-        self.keep_best(loss)
+        if loss < self.state.best:
+            self.state.best = loss
+            save_tensors(self.folder / "best.safetensors", self.averaged.state_dict(), self.facts(loss))
         if phase.bar is None:
             shown = {"loss": training_loss, "validation loss": loss} | measured
             line = ", ".join(f"{name.replace('_', ' ')} {number:.4f}" for name, number in shown.items())
             say(f"step {self.step}: {line}")
-
-    def keep_best(self, loss: float) -> None:
-        """Write the averaged weights as `best.safetensors` if this validation loss is the lowest."""
-        if loss < self.state.best:
-            self.state.best = loss
-            save_tensors(self.folder / "best.safetensors", self.averaged.state_dict(), self.facts(loss))
-
-    def draw_samples(self) -> None:
-        """Log a picture of samples from the averaged model."""
-        with self.averaged_at_hand() as averaged:
-            picture = self.sample(averaged)
-        self.log.picture(self.step, picture)

@@ -36,15 +36,6 @@ def test_frechet_distance_of_scaled_and_moved_points_has_a_closed_form():
     assert frechet_distance(x, y) == pytest.approx(expected.item(), rel=1e-10)
 
 
-def test_frechet_distance_of_axis_aligned_gaussians_is_that_of_their_deviations():
-    n = 200_000
-    generator = torch.Generator().manual_seed(3)
-    deviations = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([2.0, 1.0, 0.5])
-    means = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 1.0])
-    first, second = (torch.randn(n, 3, generator=generator) * s + m for s, m in zip(deviations, means))
-    assert frechet_distance(first, second) == pytest.approx(1 + 1 + 1, abs=0.05)
-
-
 def test_frechet_distance_survives_fewer_images_than_features():
     # Two points and three: the covariances have ranks 1 and 2, and tr (C1 C2)^(1/2) = sqrt(c1' C2 c1) by hand.
     first = torch.zeros(2, 6)
@@ -53,11 +44,6 @@ def test_frechet_distance_survives_fewer_images_than_features():
     second[1, 0], second[2, 1] = 3.0, 3.0  # means (1, 1), covariance [[3, -1.5], [-1.5, 3]]
     expected = 0 + 1 + 2 + 6 - 2 * math.sqrt(2 * 3)
     assert frechet_distance(first, second) == pytest.approx(expected, abs=1e-12)
-
-
-def test_frechet_distance_of_a_set_to_itself_is_zero():
-    x = cloud(30, 50, 4)
-    assert 0 <= frechet_distance(x, x) < 1e-9
 
 
 def test_kernel_distance_equals_explicit_loops():
@@ -135,13 +121,6 @@ def test_nearest_equals_a_search_in_float64(chunk):
     found, index = nearest(queries, references, chunk)
     assert torch.equal(index, full.argmin(dim=1))
     assert (found - full.min(dim=1).values).abs().max() < 1e-5
-
-
-def test_nearest_of_a_copy_is_itself_at_distance_zero():
-    references = cloud(100, 40, 12) + 100
-    found, index = nearest(references[[5, 17]], references)
-    assert index.tolist() == [5, 17]
-    assert found.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("number", [frechet_distance, kernel_distance, precision_recall])
