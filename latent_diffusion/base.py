@@ -49,12 +49,8 @@ def expand_words(tokenizer: CLIPTokenizer, prompt: str) -> str:
 def prompt_tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str], where: Sequence[str] | None = None) -> Tensor:
     """Prompts as a text encoder takes them: int64 (N, longest), between marks of start and end, padded.
 
-    Prompts with more tokens than the encoder takes (77, two of which are the marks) are cut, each with a warning.
-
-    Args:
-        tokenizer: the text encoder's.
-        prompts: texts; an empty one means "no condition".
-        where: the file and line of each, for the warning.
+    Prompts with more tokens than the encoder takes (77, two of which are the marks) are cut, each with a warning that
+    starts with its entry of `where`, such as a file and line.
     """
     longest = tokenizer.model_max_length
     expanded = [expand_words(tokenizer, prompt) for prompt in prompts]
@@ -182,13 +178,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_part(folder: Path, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """One part of a pipeline folder, frozen and in eval mode.
-
-    Args:
-        folder: the pipeline's.
-        name: a key of `PARTS`.
-        device: where to.
-        dtype: of its weights in memory, whatever they are on disk.
+    """One part of a pipeline folder, a key of `PARTS`, frozen and in eval mode.
 
     Raises:
         UserError: the part is missing, broken, incomplete, or another kind of model.
@@ -227,8 +217,7 @@ def load_base(
     Args:
         path: a folder that diffusers' `StableDiffusionPipeline.save_pretrained` wrote, whose safety checker is not
             read; or a single file in the original layout, `.ckpt` or `.safetensors`.
-        device: of the models.
-        dtype: of their weights in memory, whatever they are on disk.
+        device, dtype: of the weights in memory, whatever they are on disk.
         cache: see `read_stable_diffusion`.
 
     Raises:

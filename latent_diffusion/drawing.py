@@ -38,12 +38,16 @@ class PromptOptions:
     steps: int = option(20, "steps of the reverse process")
     seed: int = option(0, "the same seed gives the same pictures")
     guidance_scale: float | None = option(
-        None, f"1 = off (default: the one that suits the weights, else {GUIDANCE_SCALE})", type=float
+        None,
+        f"strength of guidance; 1 turns it off (default: what suits the weights, else {GUIDANCE_SCALE})",
+        type=float,
     )
     sampler: str = option("ddim", "method of the reverse process", choices=SAMPLERS)
     batch_size: int = option(8, "pictures at a time; fewer need less memory")
-    precision: str = option("auto", "of the networks", choices=PRECISIONS)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    precision: str = option(
+        "auto", "number format of the networks; auto: bf16 on a CPU that has it, else fp32", choices=PRECISIONS
+    )
+    device: str = option("auto", "where to compute: auto, cpu, cuda, cuda:1, ...")
 
     def __post_init__(self):
         check("steps", self.steps, self.steps >= 1, "at least 1")
@@ -75,7 +79,9 @@ def add_drawing_flags(parser: Parser, options: type[PromptOptions] = PromptOptio
     """
     group = parser.add_argument_group("drawing")
     add_options(group, options, **defaults)
-    group.add_argument("--cache-dir", type=Path, default=cache_folder(), help="where a .ckpt is kept as safetensors")
+    group.add_argument(
+        "--cache-dir", type=Path, default=cache_folder(), help="folder for safetensors copies of .ckpt files"
+    )
     return group
 
 

@@ -133,7 +133,9 @@ class ModelWeights:
         sizes = {}
         for size, name in names.items():
             levels = dict.fromkeys(name.format(level) for level in range(10))
-            found = [self.shapes[level].shape[-1] for level in levels if level in self.shapes]
+            found = [
+                self.shapes[level].shape[-1] for level in levels if level in self.shapes and self.shapes[level].ndim
+            ]
             if not found:
                 kind = self.file.describe()
                 raise UserError(f"{self.file.path}: is {kind} but lacks {name.format(0)}; name a whole file")
@@ -208,8 +210,8 @@ def find_weights(file: WeightsFile, prefix: str, convert: Callable[..., dict[str
 
     Args:
         file: to look in.
-        prefix: of their original names.
-        convert: diffusers' conversion of such a model's state.
+        prefix: that their original names start with.
+        convert: diffusers' function that converts such a model's state.
     """
     stored = file.locate(prefix)
     state = {name: torch.empty(file.shapes[own], device="meta") for name, own in stored.items()}
@@ -271,8 +273,7 @@ def read_stable_diffusion(
 
     Args:
         path: a `.safetensors`, or a `.ckpt`, of which no code runs.
-        device: of the models.
-        dtype: of their weights in memory, whatever they are in the file.
+        device, dtype: of the weights in memory, whatever they are in the file.
         cache: folder for safetensors made of `.ckpt` files, under their names, sizes and times; None makes none.
 
     Raises:

@@ -170,13 +170,7 @@ def readable_pairs(pairs: Sequence[Pair], folder: Path, keep_going: bool) -> lis
 
 
 def read_hints(pairs: Sequence[Pair], folder: Path, size: int, field: Field = "source") -> Tensor:
-    """The hints of pairs, or their targets, resized: uint8 (N, 3, size, size).
-
-    Args:
-        pairs: at least one.
-        folder: where the names start, or the folder of the images itself.
-        size: pixels of a side.
-        field: "source" or "target".
+    """The hints of pairs, or their targets, resized: uint8 (N, 3, size, size); see `locate` for the folder.
 
     Raises:
         UserError: a file is missing or no image; with the table's line.

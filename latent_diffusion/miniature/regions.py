@@ -51,9 +51,6 @@ def region_at(image: np.ndarray, point: tuple[int, int]) -> np.ndarray:
     Args:
         image: uint8 (H, W, 3).
         point: row and column.
-
-    Returns:
-        bool (H, W).
     """
     row, column = point
     patch = image[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2].reshape(-1, 3)
@@ -72,13 +69,10 @@ def region_at(image: np.ndarray, point: tuple[int, int]) -> np.ndarray:
 
 
 def hint_regions(hint: np.ndarray) -> np.ndarray:
-    """The areas between a hint's lines; a line is split along its middle.
+    """The areas between a hint's lines, as numbers from 1: int (H, W); a line is split along its middle.
 
     Args:
         hint: uint8 (H, W, 3), white lines on black.
-
-    Returns:
-        int (H, W): a number from 1 for each area.
     """
     light = hint.max(axis=-1)
     # In a small picture a line's middle is wanted to a third of a pixel: an edge is a large part of a small disc.
@@ -93,15 +87,9 @@ def hint_regions(hint: np.ndarray) -> np.ndarray:
 
 
 def circle_regions(labels: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """The discs of a hint from left to right, and their background: the area with most of the picture's border.
+    """The discs among `hint_regions` from left to right, and their background, which has most of the picture's border.
 
     Slivers, as between the two lines that an edge detector makes of one, are no discs.
-
-    Args:
-        labels: from `hint_regions`.
-
-    Returns:
-        bool (H, W) each.
     """
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
     background = np.bincount(border).argmax()
@@ -114,9 +102,6 @@ def grading_point(hint: np.ndarray) -> tuple[int, int]:
     """Row and column of a hint's centre, where the course's grader puts its point, or of the nearest pixel off lines.
 
     On a line, chance would decide which side the point belongs to.
-
-    Args:
-        hint: uint8 (H, W, 3).
     """
     clear = depth(hint.max(axis=-1) < LINE) > BLUR
     positions = np.stack(np.indices(clear.shape), axis=-1)
@@ -131,15 +116,9 @@ def centre_iou(hint: np.ndarray, image: np.ndarray) -> float:
 
 
 def find_discs(image: np.ndarray) -> list[np.ndarray]:
-    """The areas unlike the background, the largest first; discs that touch are one area.
+    """The areas of a picture, uint8 (H, W, 3), unlike its background, the largest first; discs that touch are one area.
 
     The background's colour is the median of the picture's border, which no disc reaches.
-
-    Args:
-        image: uint8 (H, W, 3).
-
-    Returns:
-        bool (H, W) each.
     """
     sides = image[:2], image[-2:], image[:, :2], image[:, -2:]
     background = rgb_to_lab(np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0))

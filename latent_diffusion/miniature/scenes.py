@@ -109,14 +109,7 @@ def random_places(generator: torch.Generator, circles: int, size: int) -> list[t
 
 
 def random_scene(generator: torch.Generator, size: int, circles: int, held_out: bool) -> Scene:
-    """A scene at random.
-
-    Args:
-        generator: its only source of randomness.
-        size: side of the picture in pixels, at least 32.
-        circles: 1 or 2.
-        held_out: whether all pairs of disc and background are of those kept for testing, or none is.
-    """
+    """A scene of one or two circles for a picture of `size` pixels a side, at least 32; see `held_out` for colours."""
     names, background = random_colours(generator, circles, held_out)
     places = random_places(generator, circles, size)
     return Scene(tuple(Circle(*place, name) for place, name in zip(places, names)), background)
@@ -129,13 +122,7 @@ def distances(circle: Circle, size: int) -> np.ndarray:
 
 
 def draw_target(scene: Scene, size: int, colours: Mapping[str, Sequence[int]] = COLOURS) -> np.ndarray:
-    """The discs on their background, anti-aliased: uint8 (size, size, 3).
-
-    Args:
-        scene: what to draw.
-        size: side of the picture in pixels.
-        colours: sRGB, 0 to 255, of all names in the scene.
-    """
+    """The discs on their background, anti-aliased: uint8 (size, size, 3); `colours` has every name's sRGB, 0 to 255."""
     picture = np.full((size, size, 3), colours[scene.background], dtype=np.float32)
     for circle in scene.circles:
         # The share of a pixel that a straight edge at this distance leaves inside.
