@@ -20,7 +20,7 @@ from benchmarks.ablations_p1 import P1
 from benchmarks.ablations_p2 import P2
 from benchmarks.ablations_p3 import P3
 from common.checkpoint import write_atomically
-from common.cli import Parser, run, say, shown, write_json
+from common.cli import Parser, format_default, run, say, write_json
 
 ABLATIONS = P1 | P2 | P3
 DOCS = ROOT / "docs"
@@ -65,7 +65,7 @@ def main(args) -> dict[str, Any]:
     if args.write:
         replace_block(page, args.name, "")  # a page without the block is told before minutes of measuring
     settings = {key: getattr(args, key) for key in ablation.settings}
-    typed = {key: shown(value) for key, value in settings.items()}
+    typed = {key: format_default(value) for key, value in settings.items()}
     changed = [key for key, (default, _) in ablation.settings.items() if key != "out" and settings[key] != default]
     result = {
         "settings": typed,

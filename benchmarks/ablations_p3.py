@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.ablation_tables import RUNS, SHORT, Ablation, Rows, Settings, run_folder
 from common.cli import check, say
-from common.layers import zeroed
+from common.layers import zero_init
 from common.runtime import pick_device
 from common.training_options import TrainingOptions
 from latent_diffusion.base import Base, load_base
@@ -48,7 +48,7 @@ def with_pooled_hint(config: ControlNetTraining, base: Base, learned: bool = Tru
     """A new ControlNet whose hint is averaged over the pixels of a latent, then goes through one zero convolution."""
     controlnet = make_controlnet(config, base)
     sizes = controlnet.config
-    convolution = zeroed(nn.Conv2d(sizes.conditioning_channels, sizes.block_out_channels[0], 3, padding=1))
+    convolution = zero_init(nn.Conv2d(sizes.conditioning_channels, sizes.block_out_channels[0], 3, padding=1))
     pool = nn.AvgPool2d(sizes.hint_factor)
     controlnet.controlnet_cond_embedding = nn.Sequential(pool, convolution.requires_grad_(learned))
     return controlnet

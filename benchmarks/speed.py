@@ -30,7 +30,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
 
 from benchmarks import peers
-from common.cli import Parser, Progress, add_json_argument, check, check_json, run, silenced, write_json
+from common.cli import Parser, Progress, add_json_argument, check, check_json, run, silence, write_json
 from common.data import Batch, LabelledImages
 from common.images import save_png
 from common.runtime import PRECISIONS, autocast, pick_device, pick_precision, seeded_generator
@@ -73,7 +73,7 @@ def time_in_turn(works: Mapping[str, Work], repeats: int, warm_up: bool = True) 
             for name, work in works.items():
                 wait()
                 started = perf_counter()
-                with silenced():  # printing the work's own progress would cost it time
+                with silence():  # printing the work's own progress would cost it time
                     results[name] = work()
                 wait()
                 if k >= warm_up:

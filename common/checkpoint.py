@@ -63,7 +63,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def open_safetensors(path: Path) -> Iterator[Any]:
     """An open safetensors file.
 
     Raises:
@@ -86,7 +86,7 @@ def load_about(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, truncated, or no safetensors file.
     """
-    with opened(Path(path)) as file:
+    with open_safetensors(Path(path)) as file:
         return json.loads((file.metadata() or {}).get("about", "{}"))
 
 
@@ -97,7 +97,7 @@ def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[
         UserError: the file is missing, truncated, or no safetensors file.
     """
     about = load_about(path)
-    with opened(Path(path)) as file:
+    with open_safetensors(Path(path)) as file:
         names = [name for name in file.keys() if name.startswith(prefix)]
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names}, about
 
@@ -170,11 +170,11 @@ def load_pt(path: Path, leftovers: Sequence[str] = ()) -> Any:
         raise UserError(f"{path}: truncated, or not a file of torch.save ({reason}); fetch it again") from None
 
 
-def unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def strip_wrappers(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The state without the prefixes that DistributedDataParallel and torch.compile put before every name."""
     for prefix in WRAPPER_PREFIXES:
         if state and all(name.startswith(prefix) for name in state):
-            return unwrapped({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+            return strip_wrappers({name.removeprefix(prefix): tensor for name, tensor in state.items()})
     return state
 
 
@@ -186,7 +186,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     Raises:
         UserError: names how many keys are missing, unexpected or of another shape, and a few of each.
     """
-    state = unwrapped(state)
+    state = strip_wrappers(state)
     expected = model.state_dict()
     misfits = {
         "missing": [name for name in expected if name not in state],
@@ -203,7 +203,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     model.load_state_dict(state)
 
 
-def half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state with its floating-point tensors in fp16, as weights are shipped."""
     return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 

@@ -25,10 +25,10 @@ class UserError(Exception):
     """A problem the user can mend; its text is one line that names the file or value and the mend."""
 
 
-def shown(default: Any) -> str:
+def format_default(default: Any) -> str:
     """A flag's default as you would type it: paths below the current folder are shown relative to it."""
     if isinstance(default, list | tuple):
-        return " ".join(map(shown, default))
+        return " ".join(map(format_default, default))
     if isinstance(default, Path) and default.is_relative_to(Path.cwd()):
         return os.path.relpath(default)
     return str(default)
@@ -41,7 +41,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         plain_switch = action.const is True and action.default is False
         if action.default in (None, (), []) or plain_switch:
             return action.help
-        return (super()._get_help_string(action) or "").replace("%(default)s", shown(action.default).replace("%", "%%"))
+        return (super()._get_help_string(action) or "").replace(
+            "%(default)s", format_default(action.default).replace("%", "%%")
+        )
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,7 +117,7 @@ def run(main: Callable, args: argparse.Namespace) -> None:
     A `UserError`, a full disk, or a file that the system refuses becomes one line on stderr and exit code 2.
     """
     try:
-        with silenced(getattr(args, "quiet", False)):
+        with silence(getattr(args, "quiet", False)):
             main(args)
     except (UserError, OSError) as error:
         text = str(error)
@@ -131,7 +133,7 @@ def run(main: Callable, args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def silenced(silent: bool = True) -> Iterator[None]:
+def silence(silent: bool = True) -> Iterator[None]:
     """A block in which progress and `say` print nothing; results, warnings and errors still do."""
     global _silent
     before, _silent = _silent, _silent or silent

@@ -71,7 +71,7 @@ def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:
     return make_grid(enlarged, nrow=columns, padding=gap, pad_value=255)
 
 
-def captioned(picture: Tensor, rows: Sequence[str] = (), columns: Sequence[str] = (), title: str = "") -> Tensor:
+def add_captions(picture: Tensor, rows: Sequence[str] = (), columns: Sequence[str] = (), title: str = "") -> Tensor:
     """A picture with a title above, and captions spread evenly along its top and its left.
 
     Args:
@@ -146,7 +146,7 @@ def clear_way(out: Path, files: Iterable[Path | str], overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def stage_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends well, and vanish when it does not.
 
     Raises:

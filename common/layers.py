@@ -10,7 +10,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
-def zeroed(module: nn.Module) -> nn.Module:
+def zero_init(module: nn.Module) -> nn.Module:
     """The module with all parameters zero, so that its residual branch starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)

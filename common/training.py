@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.checkpoint import half, remove_unfinished, save_tensors
+from common.checkpoint import remove_unfinished, save_tensors, to_half
 from common.cli import Progress, UserError, say
 from common.data import Batch, DrawnAhead
 from common.images import check_output_folder
@@ -63,7 +63,7 @@ def loss_of(batch: Batch, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> Call
 
 def save_half(path: Path) -> Callable[[nn.Module, dict[str, Any]], None]:
     """What `Trainer.finish` takes to write the EMA weights to one safetensors file in fp16."""
-    return lambda averaged, facts: save_tensors(path, half(averaged.state_dict()), facts)
+    return lambda averaged, facts: save_tensors(path, to_half(averaged.state_dict()), facts)
 
 
 class Trainer:

@@ -27,7 +27,7 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from common.checkpoint import load_about, load_pt, load_strictly, opened, save_tensors
+from common.checkpoint import load_about, load_pt, load_strictly, open_safetensors, save_tensors
 from common.cli import UserError, say
 
 SD_V1 = Path(__file__).resolve().parent / "v1"  # a pipeline folder without weights
@@ -81,7 +81,7 @@ class WeightsFile:
             count = 1 + sum(numbers < AT_ONCE for numbers in accumulate(prod(self.shapes[name]) for name in left))
             part, left = left[:count], left[count:]
             if is_safetensors(self.path):
-                with opened(self.path) as file:
+                with open_safetensors(self.path) as file:
                     yield from ((name, file.get_tensor(name)) for name in part)
             else:
                 state = load_ckpt(self.path)
@@ -198,7 +198,7 @@ def open_weights(path: Path) -> WeightsFile:
         raise UserError(f"{path}: {'is a folder' if path.exists() else 'no such file'}; name a weights file")
     if not is_safetensors(path):
         return WeightsFile(path, {name: tuple(tensor.shape) for name, tensor in load_ckpt(path).items()})
-    with opened(path) as file:
+    with open_safetensors(path) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
     return WeightsFile(path, shapes, load_about(path))
 

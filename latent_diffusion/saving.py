@@ -15,19 +15,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from common.cli import UserError
-from common.images import staged
+from common.images import stage_folder
 from latent_diffusion.base import PREDICTIONS, SCHEDULES, Base, quiet
 
 
 @contextlib.contextmanager
 def stage_models(folder: Path) -> Iterator[Path]:
-    """As `staged`, for files that diffusers and transformers write.
+    """As `stage_folder`, for files that diffusers and transformers write.
 
     Raises:
         UserError: `folder` is a file, or cannot be written.
     """
     try:
-        with staged(folder) as stage, quiet():
+        with stage_folder(folder) as stage, quiet():
             yield stage
             umask = os.umask(0)
             os.umask(umask)

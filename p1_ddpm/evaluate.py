@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pandas as pd
 import torch
 
-from common.cli import Parser, UserError, add_json_argument, check_json, options_from, run, shown, write_json
+from common.cli import Parser, UserError, add_json_argument, check_json, format_default, options_from, run, write_json
 from common.data import LabelledImages, read_image
 from common.metrics import all_distances
 from common.runtime import seeded_generator
@@ -198,7 +198,7 @@ def main(args) -> Figures:
         seeded = [replace(options, seed=seed) for seed in seeds]
         drawn = ((f"seed {one.seed}", draw_sets(sampler, args.layout, args.count, one)) for one in seeded)
         settings |= asdict(options) | {"precision": sampler.precision, "device": str(sampler.device)}
-        settings |= {"seeds": seeds, "count": args.count, "weights": shown(args.weights)}
+        settings |= {"seeds": seeds, "count": args.count, "weights": format_default(args.weights)}
         settings["weights_sha256"] = hashlib.sha256(args.weights.read_bytes()).hexdigest()
         del settings["seed"]
     real = read_real(args.data)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.cli import Parser, UserError, options_from, run, say
-from common.images import captioned, grid, save_gif, save_png, staged, to_uint8
+from common.images import add_captions, grid, save_gif, save_png, stage_folder, to_uint8
 from common.sampling import Step
 from p1_ddpm.digits import DOMAINS, ROOT, Digit, read_real, wanted_digits
 from p1_ddpm.sample import DigitOptions, DigitSampler, add_sampling_arguments
@@ -49,7 +49,7 @@ def draw_grids(
         if all(row in real for row in rows):
             column = grid(torch.stack([real[row] for row in rows]), 1, scale=3)
             picture, heads = torch.cat([picture, column], dim=2), [*heads, "real"]
-        pictures[name] = captioned(picture, [f"{domain} {label}" for domain, label in rows], heads, title)
+        pictures[name] = add_captions(picture, [f"{domain} {label}" for domain, label in rows], heads, title)
     return pictures
 
 
@@ -57,7 +57,7 @@ def draw_guidance(sampler: DigitSampler, options: DigitOptions) -> Tensor:
     """The ten digits of the 2025 layout from the same noise, with more guidance in each row."""
     digits = [Digit(*row, 1) for row in ROWS_2025]
     drawn = [sampler.images(digits, replace(options, guidance_scale=scale)) for scale in SCALES]
-    return captioned(
+    return add_captions(
         grid(torch.stack([image for row in drawn for _, image in row]), len(digits), scale=3),
         [f"scale {scale:g}" for scale in SCALES],
         [str(digit.label) for digit in digits],
@@ -73,7 +73,7 @@ def draw_snapshots(noise: Tensor, steps: Sequence[Step]) -> Tensor:
     times = [*(f"t = {step.t}" for step in steps), "image"]
     moments = torch.linspace(0, len(steps), SNAPSHOTS).round().long().tolist()
     images = [states[i][digit] for digit in range(len(FIRST)) for states in (xt, x0) for i in moments]
-    return captioned(
+    return add_captions(
         grid(to_uint8(torch.stack(images)), SNAPSHOTS, scale=4),
         [caption for digit in FIRST for caption in (f'first "{digit.label}": xt', "predicted x0")],
         [times[i] for i in moments],
@@ -86,7 +86,7 @@ def draw_frames(noise: Tensor, steps: Sequence[Step]) -> list[Tensor]:
     states = [(noise, f"t = {steps[0].t}")]
     states += [(step.xt, f"t = {following.t}") for step, following in pairwise(steps)]
     states.append((steps[-1].xt, "image"))
-    return [captioned(grid(to_uint8(xt), len(FIRST), scale=5, gap=4), title=time) for xt, time in states]
+    return [add_captions(grid(to_uint8(xt), len(FIRST), scale=5, gap=4), title=time) for xt, time in states]
 
 
 def parse_arguments(argv: list[str] | None = None):
@@ -104,7 +104,7 @@ def main(args) -> list[Path]:
     sampler = DigitSampler(args.weights, options.device, options.precision)
     if sampler.domains != DOMAINS:
         raise UserError(f"{args.weights}: draws {', '.join(sampler.domains)}, not the digits; name other --weights")
-    with staged(args.out) as stage:
+    with stage_folder(args.out) as stage:
         real = {}
         for domain, (_, held_out) in read_real(args.data, sampler.about["image_size"]).items():
             real |= {(domain, label): image for label, image in zip(held_out.labels.tolist(), held_out.images)}

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.checkpoint import half, load_model_file, load_pt, load_strictly, save_tensors
+from common.checkpoint import load_model_file, load_pt, load_strictly, save_tensors, to_half
 from common.cli import Parser, UserError, progress, run
 from common.data import Batch, LabelledImages, jitter, shuffled_indices, to_unit_range
 from common.images import check_output_folder
@@ -205,7 +205,7 @@ def train_judge(
         )
         averaged = trainer.run()
     # Measured as it will be loaded: from fp16 weights.
-    state = half(averaged.state_dict())
+    state = to_half(averaged.state_dict())
     loaded = Judge(**judge.about["config"]).eval()
     load_strictly(loaded, state, domain)
     about["held_out_accuracy"] = find_correct(loaded, held).mean().item()

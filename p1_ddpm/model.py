@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import group_norm, zeroed
+from common.layers import group_norm, zero_init
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1 = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.modulation = zeroed(nn.Linear(embedding, 2 * out_channels))
+        self.modulation = zero_init(nn.Linear(embedding, 2 * out_channels))
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
@@ -160,7 +160,7 @@ class ContextUNet(nn.Module):
             self.grow.append(nn.Conv2d(channels, finer, 3, padding=1) if level else nn.Identity())
             channels = finer
 
-        self.head = nn.Sequential(group_norm(channels), nn.SiLU(), zeroed(nn.Conv2d(channels, folded, 3, padding=1)))
+        self.head = nn.Sequential(group_norm(channels), nn.SiLU(), zero_init(nn.Conv2d(channels, folded, 3, padding=1)))
 
     @property
     def null_label(self) -> int:

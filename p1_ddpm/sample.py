@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.checkpoint import load_model_file, load_strictly
 from common.cli import Parser, UserError, add_options, check, option, options_from, run, say
-from common.images import clear_way, staged, to_pil, to_uint8
+from common.images import clear_way, stage_folder, to_pil, to_uint8
 from common.runtime import PRECISIONS, Processes, autocast, pick_device, pick_precision
 from common.sampling import METHODS, Denoiser, ImageNoise, Step, check_finite, draw_in_batches, reverse_process
 from common.schedule import NoiseSchedule
@@ -158,7 +158,7 @@ def main(args) -> list[Path]:
     if processes.rank == 0:
         clear_way(args.out, [digit.file for digit in digits], args.overwrite)
     processes.wait()
-    with staged(args.out) as stage:
+    with stage_folder(args.out) as stage:
         for digit, image in drawn:
             (stage / digit.domain).mkdir(exist_ok=True)
             to_pil(image).save(stage / digit.file)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.cli import Parser, UserError, check, progress, run, say
-from common.images import captioned, grid, save_gif, save_png, staged
+from common.images import add_captions, grid, save_gif, save_png, stage_folder
 from p2_ddim.interpolate import METHODS, STRIP, between
 from p2_ddim.noise import Noise, random_noises
 from p2_ddim.sample import EXAMPLES, OUTPUT, WEIGHTS, add_sampling_arguments, make_sampler, noises_for
@@ -35,7 +35,7 @@ def draw_etas(sampler: FaceSampler, noises: Sequence[Noise], options: DDIMOption
     """A row an eta, a column a noise: uint8 (3, height, width)."""
     rows = [sampler.pictures(noises, replace(options, eta=eta)) for eta in ETAS]
     picture = enlarge(torch.cat(rows), len(noises))
-    return captioned(picture, [f"eta {eta:g}" for eta in ETAS], [noise.name for noise in noises])
+    return add_captions(picture, [f"eta {eta:g}" for eta in ETAS], [noise.name for noise in noises])
 
 
 def draw_strip(sampler: FaceSampler, a: Noise, b: Noise, method: str, options: DDIMOptions) -> Tensor:
@@ -43,7 +43,7 @@ def draw_strip(sampler: FaceSampler, a: Noise, b: Noise, method: str, options: D
     path = between(a, b, method)
     captions = [f"{alpha:.1f}: |xT| {float(noise.xt.norm()):.1f}" for alpha, noise in zip(STRIP, path)]
     title = f"{method} from {a.name} to {b.name}; sqrt(D) = {math.sqrt(a.xt.numel()):.1f}"
-    return captioned(enlarge(sampler.pictures(path, options), len(path)), columns=captions, title=title)
+    return add_captions(enlarge(sampler.pictures(path, options), len(path)), columns=captions, title=title)
 
 
 def plot_lengths(path: Path, a: Noise, b: Noise) -> None:
@@ -102,7 +102,7 @@ def main(args) -> list[Path]:
     for name in names:
         check("between", name, name in by_name, f"one of {', '.join(by_name)}")
     ends = [by_name[name] for name in names]
-    with staged(args.out) as stage:
+    with stage_folder(args.out) as stage:
         for figure in progress([name for name in FIGURES if name in args.only], "figures", "figure"):
             if figure == "eta":
                 save_png(stage / "eta.png", draw_etas(sampler, noises[:4], options))

@@ -19,9 +19,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torchvision.utils import save_image
 
-from common.checkpoint import half, load_model_file, save_tensors, write_atomically
+from common.checkpoint import load_model_file, save_tensors, to_half, write_atomically
 from common.cli import Parser, check, progress, run, say
-from common.images import staged
+from common.images import stage_folder
 from common.schedule import NoiseSchedule
 from p2_ddim.model import FaceUNet, load_face_unet
 from p2_ddim.noise import Noise, random_noises, read_noises
@@ -56,14 +56,14 @@ def draw_by_diffusers(model: FaceUNet, about: Mapping[str, Any], noise: Noise, s
 def install(checkpoint: Path, weights: Path) -> None:
     """Copy a checkpoint's EMA weights in fp16, with the facts about them, and write SHA256SUMS."""
     state, about = load_model_file(checkpoint, "FaceUNet")
-    save_tensors(weights, half(state), {name: about[name] for name in KEPT if name in about})
+    save_tensors(weights, to_half(state), {name: about[name] for name in KEPT if name in about})
     line = f"{hashlib.sha256(weights.read_bytes()).hexdigest()}  {weights.name}\n"
     write_atomically(weights.parent / "SHA256SUMS", lambda temporary: temporary.write_text(line))
 
 
 def write_noises(folder: Path, channels: int, size: int, seed: int) -> None:
     """Save those of ten noises that are not there yet, as the course does: one float32 tensor (1, C, H, W) a file."""
-    with staged(folder) as stage:
+    with stage_folder(folder) as stage:
         for noise in random_noises(10, (channels, size, size), seed):
             if not (folder / f"{noise.name}.pt").exists():
                 torch.save(noise.xt[None].clone(), stage / f"{noise.name}.pt")
@@ -94,7 +94,7 @@ def main(args) -> list[Path]:
     channels, size = model.config.image_channels, about["image_size"]
     write_noises(args.out / "noise", channels, size, args.seed)
     noises = read_noises(args.out / "noise", channels, model.config.stride)
-    with staged(args.out / "GT") as stage:
+    with stage_folder(args.out / "GT") as stage:
         for noise in progress(noises, "ground truth", "image"):
             save_image(draw_by_diffusers(model, about, noise), stage / f"{noise.name}.png", normalize=True)
     say(f"ground truth of {len(noises)} noises in {args.out / 'GT'}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_about, load_model_file, load_pt, load_strictly, load_tensors
 from common.cli import UserError
-from common.layers import group_norm, zeroed
+from common.layers import group_norm, zero_init
 from common.schedule import NoiseSchedule
 
 
@@ -101,7 +101,7 @@ class ResidualBlock(nn.Module):
         self.time = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         super().__init__()
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         # (n, 3c, h, w) -> q, k and v, each (n, 1 head, positions, c); softmax(q k / sqrt(c)) is the default scale.
@@ -149,10 +149,10 @@ class FaceUNet(nn.Module):
             TimeSinusoids(width), nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
         self.add_layers()
-        last = zeroed(nn.Conv2d(width, config.folded_channels, 3, padding=1))
+        last = zero_init(nn.Conv2d(width, config.folded_channels, 3, padding=1))
         self.out = nn.Sequential(group_norm(width), nn.SiLU(), last)
         if config.means:
-            self.means = zeroed(nn.Linear(embedding, config.folded_channels**2))
+            self.means = zero_init(nn.Linear(embedding, config.folded_channels**2))
 
     def add_layers(self) -> None:
         """Make the layers of the encoder (down), the middle (mid) and the decoder (up)."""

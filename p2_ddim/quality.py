@@ -20,7 +20,7 @@ from torch import Tensor
 from common.checkpoint import load_pt, load_strictly
 from common.cli import Parser, UserError, add_json_argument, check, check_json, progress, run, write_json
 from common.data import read_folder_images, to_unit_range
-from common.images import captioned, grid, save_png, staged
+from common.images import add_captions, grid, save_png, stage_folder
 from common.metrics import all_distances, nearest
 from common.runtime import seeded_generator
 from p2_ddim.noise import random_noises
@@ -76,7 +76,7 @@ def nearest_training_faces(drawn: Tensor, held_out: Tensor, train: Tensor) -> tu
     distances = {"drawn": far, "held-out": held_far}
     summary = {name: {"smallest": d.min().item(), "median": d.median().item()} for name, d in distances.items()}
     shown = far.argsort()[torch.linspace(0, len(far) - 1, min(12, len(far))).long()]
-    picture = captioned(
+    picture = add_captions(
         grid(torch.cat([drawn[shown], mirrored_too[index[shown]]]), len(shown), scale=2),
         ["drawn", "nearest"],
         [f"{d:.0f}" for d in far[shown].tolist()],
@@ -116,7 +116,7 @@ def main(args, extract: Extractor | None = None) -> dict:
     held_out, some_train = (
         part[torch.randperm(len(part), generator=seeded_generator(0))[: args.count]] for part in (held_out, train)
     )
-    with staged(args.out) as stage:
+    with stage_folder(args.out) as stage:
         drawn = sampler.pictures(random_noises(args.count, sampler.shape, options.seed), options)
         real = extract(held_out)
         figures = {

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import Parser, add_options, options_from, run, say
-from common.images import staged, to_pil
+from common.images import stage_folder, to_pil
 from common.runtime import PRECISIONS, pick_device
 from p2_ddim.model import load_face_unet
 from p2_ddim.noise import Noise, read_noises
@@ -73,7 +73,7 @@ def main(args) -> list[Path]:
     """
     sampler, options = make_sampler(args)
     noises = noises_for(sampler, args.noise)
-    with staged(args.out) as stage:
+    with stage_folder(args.out) as stage:
         for noise, image in sampler.images(noises, options):
             to_pil(image).save(stage / f"{noise.name}.png")
     say(f"{len(noises)} images in {args.out}")

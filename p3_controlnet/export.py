@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.checkpoint import half, save_tensors
+from common.checkpoint import save_tensors, to_half
 from common.cli import Parser, UserError, run, say
 from latent_diffusion.files import original_controlnet_names
 from p3_controlnet.model import ControlNet, ControlNetConfig
@@ -51,7 +51,7 @@ def main(args) -> Path:
             raise UserError(f"{args.controlnet}: its base is built unlike Stable Diffusion v1; add --layout diffusers")
         names = original_controlnet_names()
         state = {names[name]: tensor for name, tensor in controlnet.state_dict().items()}
-        save_tensors(args.out, state if args.fp32 else half(state), {})
+        save_tensors(args.out, state if args.fp32 else to_half(state), {})
     say(f"{args.out}: a ControlNet in the {args.layout} layout")
     return args.out
 

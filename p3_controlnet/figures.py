@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.cli import Parser, UserError, run, say
-from common.images import captioned, grid, save_png, staged
+from common.images import add_captions, grid, save_png, stage_folder
 from latent_diffusion.miniature import BASE
 from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet.fill50k import REPORT_HINT
@@ -40,7 +40,7 @@ def show_sides(sampler: HintSampler, items: Sequence[Item], options: HintOptions
     pairs, hints = zip(*items)
     targets = read_hints(pairs, folder, hints[0].shape[-1], "target")
     rows = torch.stack(hints), draw_pictures(sampler, items, options), targets
-    return captioned(grid(torch.cat(rows), columns=len(items)), rows=["control", "output", "target"])
+    return add_captions(grid(torch.cat(rows), columns=len(items)), rows=["control", "output", "target"])
 
 
 def show_two_circles(samplers: dict[str, HintSampler], items: Sequence[Item], options: HintOptions) -> Tensor:
@@ -53,7 +53,7 @@ def show_two_circles(samplers: dict[str, HintSampler], items: Sequence[Item], op
     columns = 1 + len(items) * SEEDS
     captions = ["control", *(f"prompt {1 + k // SEEDS}" for k in range(columns - 1))]
     title = "   ".join(f"{k}: {pair.prompt}" for k, (pair, _) in enumerate(items, start=1))
-    return captioned(grid(torch.cat(rows), columns), rows=list(samplers), columns=captions, title=title)
+    return add_captions(grid(torch.cat(rows), columns), rows=list(samplers), columns=captions, title=title)
 
 
 def show_strengths(sampler: HintSampler, items: Sequence[Item], options: HintOptions) -> Tensor:
@@ -61,7 +61,7 @@ def show_strengths(sampler: HintSampler, items: Sequence[Item], options: HintOpt
     columns = [torch.stack([hint for _, hint in items])]
     columns += [draw_pictures(sampler, items, options, control_scale=(strength,)) for strength in STRENGTHS]
     rows = torch.stack(columns, dim=1).flatten(0, 1)
-    return captioned(grid(rows, len(columns)), columns=["control", *(f"{strength:g}" for strength in STRENGTHS)])
+    return add_captions(grid(rows, len(columns)), columns=["control", *(f"{strength:g}" for strength in STRENGTHS)])
 
 
 def parse_arguments(argv: list[str] | None = None):
@@ -101,7 +101,7 @@ def main(args) -> list[Path]:
         pictures["sides"] = show_sides(sampler, singles, options, args.examples)
     if "strength" in args.only:
         pictures["strength"] = show_strengths(sampler, singles[: SHOWN // 2], options)
-    with staged(args.out) as stage:
+    with stage_folder(args.out) as stage:
         for name, picture in pictures.items():
             save_png(stage / f"{name}.png", picture)
     say(f"{', '.join(f'{name}.png' for name in pictures)} in {args.out}")

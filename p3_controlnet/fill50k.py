@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from PIL import Image
 
 from common.cli import Parser, check, progress, run, say
-from common.images import staged
+from common.images import stage_folder
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_hint, draw_target, random_scenes
 
 SMALLEST = 32  # pixels
@@ -56,7 +56,7 @@ def main(args) -> Path:
     named = [(f"source/{k}.png", f"target/{k}.png", scene) for k, scene in enumerate(scenes)]
     if args.report:
         named += [(REPORT_HINT, f"target/{name}.png", report_scene(args.size, *REPORT[name])) for name in REPORT]
-    with staged(args.out) as stage, open(stage / "prompt.json", "w") as table:
+    with stage_folder(args.out) as stage, open(stage / "prompt.json", "w") as table:
         (stage / "source").mkdir()
         (stage / "target").mkdir()
         for source, target, scene in progress(named, "circles", "image"):

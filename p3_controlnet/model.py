@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from common.checkpoint import half, load_model_file, load_strictly, load_tensors, save_tensors, write_atomically
+from common.checkpoint import load_model_file, load_strictly, load_tensors, save_tensors, to_half, write_atomically
 from common.cli import UserError
-from common.layers import zeroed
+from common.layers import zero_init
 from latent_diffusion.base import Base
 from latent_diffusion.files import controlnet_sizes, find_controlnet, open_weights
 
@@ -105,7 +105,7 @@ class HintEncoder(nn.Module):
         for width, following in pairwise(widths):
             self.blocks.append(nn.Conv2d(width, width, 3, padding=1))
             self.blocks.append(nn.Conv2d(width, following, 3, padding=1, stride=2))
-        self.conv_out = zeroed(nn.Conv2d(widths[-1], out_channels, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(widths[-1], out_channels, 3, padding=1))
 
     def forward(self, hint: Tensor) -> Tensor:
         again = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -136,8 +136,8 @@ class ControlNet(nn.Module):
         self.controlnet_cond_embedding = HintEncoder(
             config.conditioning_channels, config.conditioning_embedding_out_channels, first
         )
-        self.controlnet_down_blocks = nn.ModuleList(zeroed(nn.Conv2d(c, c, 1)) for c in config.skip_channels)
-        self.controlnet_mid_block = zeroed(nn.Conv2d(last, last, 1))
+        self.controlnet_down_blocks = nn.ModuleList(zero_init(nn.Conv2d(c, c, 1)) for c in config.skip_channels)
+        self.controlnet_mid_block = zero_init(nn.Conv2d(last, last, 1))
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, hint_channels: Sequence[int] = (16, 32, 96, 256)) -> "ControlNet":
@@ -196,7 +196,7 @@ class ControlNet(nn.Module):
         text = json.dumps({"_class_name": "ControlNetModel"} | config, indent=2) + "\n"
         write_atomically(Path(folder) / CONFIG_FILE, lambda temporary: temporary.write_text(text))
         facts = {"kind": "ControlNet", "config": config} | dict(about)
-        save_tensors(Path(folder) / WEIGHTS_FILE, half(state) if fp16 else state, facts)
+        save_tensors(Path(folder) / WEIGHTS_FILE, to_half(state) if fp16 else state, facts)
 
     @classmethod
     def load(cls, path: Path) -> tuple["ControlNet", dict[str, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import Parser, UserError, options_from, run, say
-from common.images import staged, to_pil
+from common.images import stage_folder, to_pil
 from latent_diffusion.drawing import add_drawing_flags, load_chosen_base
 from latent_diffusion.miniature import BASE
 from latent_diffusion.pairs import read_hints, read_pairs, readable_pairs
@@ -102,7 +102,7 @@ def main(args) -> list[Path]:
         pairs = readable_pairs(pairs, args.source, args.keep_going)
     sampler, options = load_sampler(args)
     items = list(zip(pairs, read_hints(pairs, args.source, sampler.sides(options)[0])))
-    with staged(args.out) as stage:
+    with stage_folder(args.out) as stage:
         for (pair, _), picture in sampler.images(items, options):
             path = stage / pair.target
             path.parent.mkdir(parents=True, exist_ok=True)

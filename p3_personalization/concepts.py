@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from common.cli import Parser, check, run, say
-from common.images import save_png, staged
+from common.images import save_png, stage_folder
 from common.runtime import seeded_generator
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature import CLIP
@@ -101,7 +101,7 @@ def main(args) -> Path:
     check("count", args.count, 1 <= args.count <= 100, "1 to 100")
     clip = Clip(args.clip)
     table = {}
-    with staged(args.out) as stage:
+    with stage_folder(args.out) as stage:
         for number, (token, colour) in enumerate(CONCEPTS.items()):
             scenes = concept_scenes(token, args.count, args.seed)
             pictures = [draw_scene(scene) for scene in scenes]

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.cli import Parser, UserError, check, run, say
-from common.images import captioned, grid, save_png, staged
+from common.images import add_captions, grid, save_png, stage_folder
 from latent_diffusion.base import Base
 from latent_diffusion.drawing import PromptOptions, add_drawing_flags, draw_prompts
 from latent_diffusion.miniature import BASE
@@ -68,7 +68,7 @@ def draw_learned(
         rows += [photos, *drawn]
         captions += [f"{entry.token} learned from", *bases]
     title = "   ".join(entry.prompts[0] for entry in entries)
-    return captioned(grid(torch.cat(rows), VIEWS), rows=captions, title=title)
+    return add_captions(grid(torch.cat(rows), VIEWS), rows=captions, title=title)
 
 
 def draw_both(
@@ -87,7 +87,7 @@ def draw_both(
             shown = sum(all(shows_colours(picture.permute(1, 2, 0).numpy(), colours)) for picture in drawn)
             numbers[name] = shown / count
             captions[-1] += f": {shown} of {count} show both"
-    return captioned(grid(torch.cat(rows), len(rows[0])), rows=captions, title=prompt), numbers
+    return add_captions(grid(torch.cat(rows), len(rows[0])), rows=captions, title=prompt), numbers
 
 
 def parse_arguments(argv: list[str] | None = None):
@@ -131,7 +131,7 @@ def main(args) -> list[Path]:
         for token in tokens:
             check_prompts(base.tokenizer, [prompt], token, "--prompt: ")
         check_prompts(base.tokenizer, [entry.prompts[0] for entry in entries], mention=f"{args.table}: ")
-    with staged(args.out) as stage:
+    with stage_folder(args.out) as stage:
         save_png(stage / "learned.png", draw_learned(bases, entries, references, options))
         picture, numbers = draw_both(bases, prompt, colours, args.count, options)
         save_png(stage / "both.png", picture)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from common.cli import Parser, UserError, check, options_from, run, say
-from common.images import clear_way, staged, to_pil
+from common.images import clear_way, stage_folder, to_pil
 from latent_diffusion.base import Base
 from latent_diffusion.drawing import Item, PromptOptions, PromptSampler, add_drawing_flags, load_chosen_base
 from latent_diffusion.miniature import BASE
@@ -192,7 +192,7 @@ def main(args) -> list[Path]:
             items += prompt_items(prompt, args.count)
     drawn = PromptSampler(base).images(items, options)  # nothing is drawn yet, but too many steps are refused
     clear_way(args.out, files, args.overwrite)
-    with staged(args.out) as stage:
+    with stage_folder(args.out) as stage:
         for file, (_, picture) in zip(files, drawn):
             (stage / file).parent.mkdir(parents=True, exist_ok=True)
             to_pil(picture).save(stage / file, format="PNG")

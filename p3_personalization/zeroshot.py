@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common.cli import Parser, UserError, add_json_argument, check, check_json, run, write_json
 from common.data import read_image
-from common.images import check_output_folder, staged
+from common.images import check_output_folder, stage_folder
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature import CLIP
@@ -229,7 +229,7 @@ def main(args) -> dict[str, Any]:
     scores = class_scores(clip, data, templates, combine)
     result = {"clip": str(args.clip), "templates": templates, "combine": combine} | accuracies(scores, data.labels)
     title = "top-1 {top1:.1%}, top-5 {top5:.1%} of {pictures} pictures, {classes} classes".format(**result)
-    with staged(args.out) as stage, torch.inference_mode():
+    with stage_folder(args.out) as stage, torch.inference_mode():
         plot_confusion(result["confusion"], data.classes, title).savefig(stage / "confusion.png", dpi=120)
         scale = clip.model.logit_scale.exp().item()
         plot_examples(data, scores, scale).savefig(stage / "examples.png", dpi=120)

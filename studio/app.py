@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.cli import Parser, UserError, run, say, silenced
+from common.cli import Parser, UserError, run, say, silence
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from p1_ddpm.sample import WEIGHTS as DIGIT_WEIGHTS
 from p2_ddim.sample import WEIGHTS as FACE_WEIGHTS
@@ -153,7 +153,7 @@ def main(args) -> None:
     page = start(args)
     say(f"The studio is at {page.local_url} (Ctrl+C stops it)")
     try:
-        with silenced():  # the progress of a drawing is shown in the page
+        with silence():  # the progress of a drawing is shown in the page
             Event().wait()
     except KeyboardInterrupt:
         page.close(verbose=False)

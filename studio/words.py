@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from common.checkpoint import opened
+from common.checkpoint import open_safetensors
 from common.cli import UserError
 from common.images import grid, to_pil
 from latent_diffusion.base import Base
@@ -72,7 +72,7 @@ class Words:
         """
         tokens = [*load_all_words(self.files())]
         if custom := self.custom():
-            with opened(custom) as file:  # the names alone: the matrices beside them may be large
+            with open_safetensors(custom) as file:  # the names alone: the matrices beside them may be large
                 tokens += filter(FORM.fullmatch, file.keys())
         return list(dict.fromkeys(tokens))
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import ablations
 from benchmarks.ablation_tables import Ablation, fingerprint, make_text, run_folder
-from common.cli import UserError, shown
+from common.cli import UserError, format_default
 
 EMPTY = "before\n<!-- p1-toy -->\nold\n<!-- end of p1-toy -->\nafter\n"
 
@@ -78,7 +78,7 @@ def test_the_pages_hold_the_figures_that_are_kept(name):
     block = f"<!-- {name} -->\n{make_text(name, ablation, json.loads(path.read_text()))}\n<!-- end of {name} -->"
     assert block in (ablations.DOCS / f"{name[:2]}.md").read_text(encoding="utf-8")
     # What stands below the table tells every setting that a user may change.
-    assert ablation.facts.format(**{key: shown(default) for key, (default, _) in ablation.settings.items()})
+    assert ablation.facts.format(**{key: format_default(default) for key, (default, _) in ablation.settings.items()})
 
 
 def test_folders_differ_where_settings_or_weights_do(tmp_path, weights):

@@ -34,7 +34,7 @@ from torch import Tensor
 from common.checkpoint import write_atomically
 from common.cli import Parser, UserError, check, progress, run, say
 from common.data import read_image
-from common.images import captioned, check_output_folder, grid, save_png
+from common.images import add_captions, check_output_folder, grid, save_png
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -167,7 +167,7 @@ def compare_faces(drawn: Path, truth: Path, errors: Mapping[str, float]) -> Tens
     difference = (CONTRAST * (ours.int() - theirs.int()).abs()).clamp(max=255).to(torch.uint8)
     picture = grid(torch.cat([ours, theirs, difference]), len(names), max(1, FACE_SIDE // ours.shape[-1]))
     columns = [f"{Path(name).stem}, MSE {errors[name]:.4f}" for name in names]
-    return captioned(picture, ["drawn", "ground truth", f"{CONTRAST} x difference"], columns)
+    return add_captions(picture, ["drawn", "ground truth", f"{CONTRAST} x difference"], columns)
 
 
 def embed(content: bytes | Path, kind: str = "") -> str:

@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common.checkpoint import (
-    half,
     load_about,
     load_model_file,
     load_strictly,
     load_tensors,
     remove_unfinished,
     save_tensors,
+    to_half,
     write_atomically,
 )
 from common.cli import UserError
@@ -173,7 +173,7 @@ def test_misfits_are_counted_and_named():
 
 
 def test_shipped_weights_are_fp16_but_counts_stay():
-    small = half(toy().state_dict())
+    small = to_half(toy().state_dict())
     assert small["0.weight"].dtype == torch.float16
     assert small["1.num_batches_tracked"].dtype == torch.int64
     load_strictly(toy(), small, "file")

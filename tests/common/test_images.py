@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.utils import save_image
 
 from common.cli import UserError
-from common.images import captioned, check_output_folder, grid, save_gif, save_png, staged, to_uint8
+from common.images import add_captions, check_output_folder, grid, save_gif, save_png, stage_folder, to_uint8
 
 
 def test_rounding_is_save_images(tmp_path):
@@ -41,7 +41,7 @@ def test_grid_places_images_row_by_row():
 
 def test_captions_leave_the_picture_whole():
     picture = torch.randint(0, 255, (3, 40, 60), dtype=torch.uint8)
-    sheet = captioned(picture, rows=["first", "second"], columns=["a", "b"], title="digits")
+    sheet = add_captions(picture, rows=["first", "second"], columns=["a", "b"], title="digits")
     assert torch.equal(sheet[:, -40:, -60:], picture)
     assert sheet[:, :-40].eq(0).any(), "the title is drawn in black"
 
@@ -56,7 +56,7 @@ def test_gif_holds_every_frame(tmp_path):
 
 
 def test_staged_files_appear_together(tmp_path):
-    with staged(tmp_path) as stage:
+    with stage_folder(tmp_path) as stage:
         (stage / "svhn").mkdir()
         save_png(stage / "svhn" / "1_001.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
         assert not (tmp_path / "svhn").exists()
@@ -67,7 +67,7 @@ def test_staged_files_stay_out_where_one_has_no_place(tmp_path):
     (tmp_path / "b.png").mkdir()
 
     def fill():
-        with staged(tmp_path) as stage:
+        with stage_folder(tmp_path) as stage:
             for name in ("a.png", "b.png"):
                 (stage / name).write_text("new")
 
@@ -78,7 +78,7 @@ def test_staged_files_stay_out_where_one_has_no_place(tmp_path):
 
 def test_staged_files_vanish_on_failure(tmp_path):
     def interrupted():
-        with staged(tmp_path) as stage:
+        with stage_folder(tmp_path) as stage:
             (stage / "a.png").write_bytes(b"half")
             raise RuntimeError
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from common import cli as module
-from common.cli import Parser, Progress, progress, run, say, silenced
+from common.cli import Parser, Progress, progress, run, say, silence
 from tests.toy_training import train
 
 
@@ -108,11 +108,11 @@ def test_quiet_silences_progress_and_nothing_else(terminal, monkeypatch, capsys)
 
 
 def test_silence_ends_with_its_block_however_it_ends(capsys):
-    with silenced():
+    with silence():
         say("nothing")
-    with pytest.raises(KeyError), silenced():
+    with pytest.raises(KeyError), silence():
         raise KeyError
-    with silenced(False):
+    with silence(False):
         say("heard")
     assert capsys.readouterr().out == "heard\n"
 
@@ -132,6 +132,6 @@ def test_a_log_of_a_training_run_gets_one_line_and_its_losses(tmp_path, capsys):
     told = capsys.readouterr()
     assert [line.partition(",")[0] for line in told.err.splitlines()] == ["train: 4 steps"]
     assert [line.partition(":")[0] for line in told.out.splitlines()] == ["step 2", "step 4"]
-    with silenced():
+    with silence():
         train(tmp_path, steps=6, validate_every=2, validate=drawn_meanwhile)
     assert capsys.readouterr() == ("", "")
