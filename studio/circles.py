@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from common.images import grid, to_pil, to_uint8
-from common.sampling import reverse_process
 from latent_diffusion.drawing import SAMPLERS
+from latent_diffusion.miniature import BASE
 from latent_diffusion.miniature.colours import COLOURS
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_hint, read_prompt
 from latent_diffusion.pairs import Pair
-from p3_controlnet.sample import BASE, default_controlnet, sampler_from
-from p3_controlnet.sampler import HintSampler
+from p3_controlnet.sample import default_controlnet, load_sampler
+from p3_controlnet.sampler import HintOptions, HintSampler
 from studio.parts import Kept, Status, choice, number, whole
 
 MOST_STEPS, MOST_STRENGTH, MOST_GUIDANCE = 100, 2, 15
@@ -95,10 +95,10 @@ class Circles:
 
     def __init__(self, args: Namespace):
         self.args = args
-        self.read = Kept(lambda _, *controlnets: sampler_from(Namespace(**vars(args) | {"controlnet": controlnets})))
+        self.read = Kept(lambda _, *controlnets: load_sampler(Namespace(**vars(args) | {"controlnet": controlnets})))
 
-    def sampler(self) -> HintSampler:
-        """The sampler with the weights as they are now.
+    def sampler(self) -> tuple[HintSampler, HintOptions]:
+        """The sampler with the weights as they are now, and its own options.
 
         Raises:
             UserError: the weights are missing, broken, or do not fit one another.
@@ -130,13 +130,14 @@ class Circles:
             "steps": whole("steps", steps, 1, MOST_STEPS),
             "seed": whole("seed", seed, 0, 2**31 - 1),
         }
-        kept = self.sampler()
-        sampler = HintSampler(kept.base, kept.unet.controlnets, replace(kept.options, **options))
-        outlines = torch.from_numpy(draw_hint(scene(places, sampler.size), sampler.size)).permute(2, 0, 1)
-        arguments = sampler.steps([Pair("outlines", "picture.png", prompt, "prompt")], outlines[None])
-        total, scale = len(arguments["timesteps"]), max(1, PICTURE_SIDE // sampler.size)
-        for done, step in enumerate(reverse_process(**arguments), start=1):
-            images = to_uint8(kept.base.decode(step.x0 if done < total else step.xt))
+        sampler, own = self.sampler()
+        options = replace(own, **options)
+        size = sampler.sides(options)[0]
+        outlines = torch.from_numpy(draw_hint(scene(places, size), size)).permute(2, 0, 1)
+        items = [(Pair("outlines", "picture.png", prompt, "prompt"), outlines)]
+        total, scale = options.steps, max(1, PICTURE_SIDE // size)
+        for done, step in enumerate(sampler.walk(items, options), start=1):
+            images = to_uint8(sampler.base.decode(step.x0 if done < total else step.xt))
             picture = to_pil(grid(images, 1, scale, gap=0))
             yield picture, Status(f"step {done} of {total}", done, total)
         told = remark(prompt) if self.args.base.resolve() == BASE.resolve() else ""

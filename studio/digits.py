@@ -9,8 +9,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from common.images import grid, to_pil, to_uint8
-from common.sampling import METHODS, reverse_process
-from p1_ddpm.sample import Digit, DigitSampler
+from common.sampling import METHODS
+from p1_ddpm.digits import Digit
+from p1_ddpm.sample import DigitOptions, DigitSampler
 from studio.parts import Kept, Status, choice, number, whole
 
 MOST_STEPS, MOST_DIGITS, MOST_GUIDANCE = 200, 16, 15
@@ -66,17 +67,15 @@ class Digits:
         sampler = self.read(self.weights)
         domain = choice("domain", domain, list(sampler.domains))
         label = whole("digit", label, 0, sampler.domains[domain] - 1)
-        options = {
-            "guidance_scale": number("guidance", guidance_scale, 0, MOST_GUIDANCE),
-            "guidance_interval": (0, sampler.schedule.T),
-            "sampler": choice("sampler", method, METHODS),
-            "steps": whole("steps", steps, 1, MOST_STEPS),
-            "eta": 0.0,
-        }
+        options = DigitOptions(
+            guidance_scale=number("guidance", guidance_scale, 0, MOST_GUIDANCE),
+            sampler=choice("sampler", method, METHODS),
+            steps=whole("steps", steps, 1, min(MOST_STEPS, sampler.schedule.T)),
+            seed=whole("seed", seed, 0, 2**31 - 1),
+        )
         digits = [Digit(domain, label, k + 1) for k in range(whole("images", count, 1, MOST_DIGITS))]
-        arguments = sampler.steps(digits, whole("seed", seed, 0, 2**31 - 1), options)
-        total, xt, moments = len(arguments["timesteps"]), to_uint8(arguments["xt"]), []
-        for step in reverse_process(**arguments):
+        total, xt, moments = options.steps, to_uint8(sampler.noise(digits, options)), []
+        for step in sampler.walk(digits, options):
             moments.append(Moment(step.t, xt, to_uint8(step.x0)))
             xt = to_uint8(step.xt)
             yield moments, Status(f"step {len(moments)} of {total}", len(moments), total)

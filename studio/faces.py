@@ -11,14 +11,15 @@ from PIL import Image
 
 from common.cli import UserError
 from common.images import grid, to_pil, to_uint8
-from common.sampling import reverse_process
-from p2_ddim.interpolate import METHODS, between, enlargement, plot_lengths
+from p2_ddim.figures import plot_lengths
+from p2_ddim.interpolate import METHODS, between
 from p2_ddim.model import load_face_unet
 from p2_ddim.noise import Noise, random_noises
 from p2_ddim.sampler import DDIMOptions, FaceSampler
 from studio.parts import Kept, Status, number, whole
 
 MOST_STEPS, LAST_NOISE = 200, 99
+SIDE = 256  # pixels of a face in the page, at least
 SHAPE = (3, 64, 64)  # of the noises while there are no weights to tell
 
 
@@ -65,8 +66,7 @@ class Faces:
         shape = SHAPE
         if self.weights.exists():
             sampler = self.read(self.weights)
-            size = sampler.about["image_size"]
-            shape = sampler.model.config.image_channels, size, size
+            shape = sampler.shape
         noises = random_noises(max(numbers) + 1, shape, seed=0)
         return [noises[k] for k in numbers]
 
@@ -114,11 +114,10 @@ class Faces:
         sampler = self.read(self.weights)
         options = DDIMOptions(steps=whole("steps", steps, 1, MOST_STEPS))
         a, b = self.noises(first, second)
-        total = len(options.timesteps(sampler.schedule))
-        arguments = sampler.steps([a, *self.middle(first, second, alpha).values(), b], options)
-        for done, step in enumerate(reverse_process(**arguments), start=1):
+        total, noises = options.steps, [a, *self.middle(first, second, alpha).values(), b]
+        for done, step in enumerate(sampler.walk(noises, options), start=1):
             images = to_uint8(step.x0 if done < total else step.xt, options.save_range)
-            scale = 2 * enlargement(images.shape[-1])
+            scale = max(1, SIDE // images.shape[-1])
             pictures = [to_pil(grid(image[None], 1, scale, gap=0)) for image in images]
             yield *pictures, Status(f"step {done} of {total}", done, total)
         yield *pictures, Status("Done.")

@@ -165,7 +165,7 @@ def circles_tab(circles: Circles, page: gr.Blocks) -> None:
 
     def own_guidance() -> Any:
         try:
-            return circles.sampler().options.guidance_scale
+            return circles.sampler()[1].scale
         except UserError:  # it is told when one draws
             return gr.skip()
 

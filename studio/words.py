@@ -12,20 +12,18 @@ from common.checkpoint import open_safetensors
 from common.cli import UserError
 from common.images import grid, to_pil
 from latent_diffusion.base import Base
-from latent_diffusion.drawing import SAMPLERS
+from latent_diffusion.drawing import SAMPLERS, PromptOptions, PromptSampler
 from p3_personalization.generate import (
     CUSTOM,
     CUSTOM_DIFFUSION,
     INVERSION,
-    DrawingOptions,
     default_words,
     drawing_options,
     is_miniature,
     load_plain,
-    pictures,
-    with_learned,
+    prompt_items,
 )
-from p3_personalization.words import FORM, check_prompts, load_all_words
+from p3_personalization.words import FORM, check_prompts, load_words, with_learned
 from studio.parts import Kept, Status, choice, number, whole
 
 MOST_STEPS, MOST_PICTURES, MOST_GUIDANCE = 100, 8, 15
@@ -70,7 +68,7 @@ class Words:
         Raises:
             UserError: a file is missing or broken, or two of textual inversion's have the same word.
         """
-        tokens = [*load_all_words(self.files())]
+        tokens = [*load_words(*self.files())]
         if custom := self.custom():
             with open_safetensors(custom) as file:  # the names alone: the matrices beside them may be large
                 tokens += filter(FORM.fullmatch, file.keys())
@@ -122,7 +120,7 @@ class Words:
         """
         way = choice("learned by", way, WAYS)
         count = whole("pictures", count, 1, MOST_PICTURES)
-        options = DrawingOptions(
+        options = PromptOptions(
             steps=whole("steps", steps, 1, MOST_STEPS),
             seed=whole("seed", seed, 0, 2**31 - 1),
             guidance_scale=number("guidance", guidance_scale, 0, MOST_GUIDANCE),
@@ -132,7 +130,7 @@ class Words:
         prompt = " ".join(str(prompt or "").split())
         base, images = self.base(way), []
         check_prompts(base.tokenizer, [prompt])
-        for image in pictures(base, [(prompt, k) for k in range(count)], options):
+        for _, image in PromptSampler(base).images(prompt_items(prompt, count), options):
             images.append(image)
             picture = to_pil(grid(torch.stack(images), min(4, count), max(1, SIDE // image.shape[-1])))
             yield picture, Status(f"picture {len(images)} of {count}", len(images), count)
