@@ -10,7 +10,7 @@ same command again resumes.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,16 +20,15 @@ from torch import Tensor
 from common.checkpoint import load_about, load_tensors, save_tensors
 from common.cli import Parser, UserError, check, option, options_from, run, say
 from common.runtime import pick_device
-from common.training import Trainer
 from common.training_options import TrainingOptions, add_training_arguments, training_options
 from latent_diffusion.base import Base, load_base
 from latent_diffusion.drawing import PromptOptions, draw_prompts
 from latent_diffusion.miniature import BASE
 from latent_diffusion.miniature.scenes import random_scenes
 from p3_personalization import learning
-from p3_personalization.learning import ROOT, SHOWN, ConceptOptions, Learned, learning_loss
+from p3_personalization.learning import ROOT, SHOWN, ConceptOptions, Learned
 from p3_personalization.photos import ExampleBatches, encode, read_lines
-from p3_personalization.words import KIND, add_words, check_prompts, matrix_names, save_custom, with_matrices
+from p3_personalization.words import KIND, check_prompts, matrix_names, save_custom
 
 DEFAULTS = learning.DEFAULTS | {"steps": 250, "batch_size": 16, "lr": 3e-4, "sample_every": 200}
 CLASS_STEPS = 20
@@ -86,35 +85,20 @@ def train(config: CustomOptions, options: TrainingOptions) -> Path:
     of_class = min(round(options.batch_size * config.class_share), options.batch_size - 1)
     prompts = class_prompts(config, options.seed) if of_class else []
     concepts = learning.read_concepts(config, base, options.seed)
-    shown = concepts.shown + [prompt for prompt in config.show for _ in range(SHOWN)]
-    check_prompts(concepts.base.tokenizer, shown + prompts)
+    concepts.shown.extend(prompt for prompt in config.show for _ in range(SHOWN))
+    check_prompts(concepts.base.tokenizer, concepts.shown + prompts)
     kinds, counts = [concepts.examples], [options.batch_size - of_class]
     if of_class:
-        path = config.out / "class.safetensors"
-        images = class_pictures(base, prompts, options.seed, config.guidance_scale, path)
+        images = class_pictures(base, prompts, options.seed, config.guidance_scale, config.out / "class.safetensors")
         photos = [(image, [prompt]) for image, prompt in zip(images, prompts)]
         kinds.append(encode(concepts.base, photos, 1, 1.0, False, options.seed))
         counts.append(of_class)
     matrices = {name: base.unet.get_parameter(name).detach().float() for name in matrix_names(base.unet)}
-    model, path = Learned(concepts.start, matrices), config.out / "custom.safetensors"
-
-    def sample(learned: Learned) -> Tensor:
-        changed = replace(base, unet=with_matrices(base.unet, learned.unet_weights()))
-        return learning.draw_samples(add_words(changed, learned.words()), shown, config.guidance_scale, options.seed)
-
-    trainer = Trainer(
-        model=model,
-        options=options,
-        folder=config.out,
-        about={"kind": KIND, "vectors": model.vectors, "schedule": asdict(base.schedule)},
-        make_batch=ExampleBatches(kinds, counts, base.schedule.T, options.seed),
-        loss_fn=lambda learned, batch: learning_loss(learned, concepts.base, batch),
-        validate=learning.validation_loss(concepts.examples, concepts.base, options.batch_size),
-        sample=sample,
-        notes=config.notes(),
-    )
-    trainer.finish(lambda learned, facts: save_custom(path, base, learned.words(), learned.unet_weights(), facts))
-    say(f"{path}: {', '.join(model.vectors)} and {len(matrices)} matrices")
+    path, learned = config.out / "custom.safetensors", Learned(concepts.start, matrices)
+    batches = ExampleBatches(kinds, counts, base.schedule.T, options.seed)
+    trainer = learning.make_trainer(config, options, concepts, learned, batches, KIND)
+    trainer.finish(lambda averaged, facts: save_custom(path, base, averaged.words(), averaged.unet_weights(), facts))
+    say(f"{path}: {', '.join(learned.vectors)} and {len(matrices)} matrices")
     return path
 
 

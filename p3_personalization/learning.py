@@ -5,10 +5,10 @@ base's own in every call.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,14 @@ from common.cli import Parser, UserError, add_options, check, option
 from common.data import Batch
 from common.images import grid
 from common.runtime import seeded_generator
-from common.training import diffusion_loss
+from common.training import Trainer, diffusion_loss
+from common.training_options import TrainingOptions
 from latent_diffusion.base import Base
 from latent_diffusion.drawing import PromptOptions, draw_prompts
 from latent_diffusion.files import cache_folder
 from latent_diffusion.miniature import BASE
-from p3_personalization.photos import EncodedExamples, encode, read_lines, read_photos
-from p3_personalization.words import Words, add_words
+from p3_personalization.photos import EncodedExamples, ExampleBatches, encode, read_lines, read_photos
+from p3_personalization.words import Words, add_words, with_matrices
 
 ROOT = Path(__file__).resolve().parent.parent
 # The miniature's concepts, and for each a colour of one token that is close to it.
@@ -82,11 +83,6 @@ class ConceptOptions:
         # The miniature's captions say which disc is left and which is right.
         self.flip = not shipped if self.flip is None else self.flip
 
-    def notes(self) -> dict[str, Any]:
-        """The options as checkpoints keep them; without the folders that do not affect the result."""
-        plain = json.loads(json.dumps(asdict(self), default=str))
-        return {name: value for name, value in plain.items() if name not in ("out", "cache_dir")}
-
 
 def add_concept_arguments(parser: Parser, options: type[ConceptOptions]) -> None:
     """Add IMAGES and a flag for every option."""
@@ -108,16 +104,10 @@ def rows_like(base: Base, words: str, vectors: int) -> Tensor:
 
 
 class Concepts(NamedTuple):
-    """What is learned from.
+    """What is learned from, and the prompts to draw samples of."""
 
-    Attributes:
-        base: the frozen base; it has the words that training starts from.
-        start: these words.
-        examples: the encoded photos.
-        shown: prompts to draw samples of.
-    """
-
-    base: Base
+    plain: Base  # the frozen base
+    base: Base  # the same with the words that training starts from
     start: Words
     examples: EncodedExamples
     shown: list[str]
@@ -126,19 +116,18 @@ class Concepts(NamedTuple):
 def read_concepts(options: ConceptOptions, base: Base, seed: int) -> Concepts:
     """Read and encode the photos of every concept; a `UserError` where a folder or a word cannot be used."""
     start = {token: rows_like(base, word, options.vectors) for token, word in zip(options.token, options.initialiser)}
-    base, size = add_words(base, start), base.unet.config.sample_size * base.factor
+    knowing, size = add_words(base, start), base.unet.config.sample_size * base.factor
     concepts = [read_photos(folder, token, size, options.template) for folder, token in zip(options.images, start)]
     photos = [photo for concept in concepts for photo in concept]
-    examples = encode(base, photos, options.views, options.smallest_crop, options.flip, seed)
-    return Concepts(base, start, examples, [captions[0] for concept in concepts for _, captions in concept[:SHOWN]])
+    examples = encode(knowing, photos, options.views, options.smallest_crop, options.flip, seed)
+    shown = [captions[0] for concept in concepts for _, captions in concept[:SHOWN]]
+    return Concepts(base, knowing, start, examples, shown)
 
 
 class Learned(nn.Module):
-    """What is trained: rows of new words, and in Custom Diffusion some of the U-Net's matrices.
+    """What is trained: rows of new words, and in Custom Diffusion some of the U-Net's matrices, by their names in it.
 
-    Args:
-        start: words to start from.
-        matrices: of the U-Net by their names, to start from; none for textual inversion.
+    `start` and `matrices` are copies to start from.
     """
 
     def __init__(self, start: Words, matrices: Mapping[str, Tensor] | None = None):
@@ -146,8 +135,7 @@ class Learned(nn.Module):
         self.vectors = {token: len(rows) for token, rows in start.items()}
         self.rows = nn.Parameter(torch.cat([*start.values()]))
         # A parameter's name may not have dots.
-        parameters = {name.replace(".", "/"): nn.Parameter(m.clone()) for name, m in (matrices or {}).items()}
-        self.matrices = nn.ParameterDict(parameters)
+        self.matrices = nn.ParameterDict({name.replace(".", "/"): m.clone() for name, m in (matrices or {}).items()})
 
     def unet_weights(self) -> dict[str, Tensor]:
         """The matrices by their names in the U-Net."""
@@ -157,14 +145,14 @@ class Learned(nn.Module):
         """The words as they are now."""
         return dict(zip(self.vectors, self.rows.detach().float().cpu().split([*self.vectors.values()])))
 
-    def forward(self, base: Base, xt: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        """The U-Net's output with what is learned in place of the base's own weights.
+    def put_into(self, base: Base) -> Base:
+        """A plain base with all that is learned, to draw with."""
+        return add_words(replace(base, unet=with_matrices(base.unet, self.unet_weights())), self.words())
 
-        Args:
-            base: has the words, see `Concepts`.
-            xt: noised latents (N, C, h, w).
-            t: timesteps (N,).
-            tokens: of the prompts (N, longest).
+    def forward(self, base: Base, xt: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        """The U-Net's output with what is learned in place of the weights of a base that has the words.
+
+        Of noised latents xt (N, C, h, w), timesteps t (N,) and the prompts' tokens (N, longest).
         """
         frozen = base.text_encoder.get_input_embeddings().weight[: -len(self.rows)]
         table = torch.cat([frozen, self.rows.to(frozen.dtype)])
@@ -174,13 +162,7 @@ class Learned(nn.Module):
 
 
 def learning_loss(learned: nn.Module, base: Base, batch: Batch) -> Tensor:
-    """Mean squared error of the prediction (Gal et al. 2022, equation 2).
-
-    Args:
-        learned: a `Learned`, bare or wrapped.
-        base: has the words, see `Concepts`.
-        batch: latents `x0`, noise `eps`, timesteps `t` and `tokens`.
-    """
+    """Mean squared error of the prediction of a `Learned`, bare or wrapped (Gal et al. 2022, equation 2)."""
     return diffusion_loss(
         lambda xt, t, tokens: learned(base, xt, t, tokens), batch, base.schedule, base.prediction, gamma=0
     )
@@ -206,7 +188,27 @@ def validation_loss(examples: EncodedExamples, base: Base, batch_size: int) -> C
     return loss
 
 
-def draw_samples(base: Base, prompts: Sequence[str], guidance_scale: float, seed: int) -> Tensor:
-    """A grid of a base's pictures of some prompts, always from the same noise: uint8 (3, height, width)."""
-    items = [(prompt, (k,)) for k, prompt in enumerate(prompts)]
-    return grid(draw_prompts(base, items, PromptOptions(STEPS, seed, guidance_scale)), columns=SHOWN)
+def make_trainer(
+    config: ConceptOptions,
+    options: TrainingOptions,
+    concepts: Concepts,
+    learned: Learned,
+    batches: ExampleBatches,
+    kind: str,
+) -> Trainer:
+    """The training of a `Learned`; its samples are always drawn from the same noise."""
+    items = [(prompt, (k,)) for k, prompt in enumerate(concepts.shown)]
+    drawing = PromptOptions(STEPS, options.seed, config.guidance_scale)
+    notes = json.loads(json.dumps(asdict(config), default=str))
+    return Trainer(
+        model=learned,
+        options=options,
+        folder=config.out,
+        about={"kind": kind, "vectors": learned.vectors, "schedule": asdict(concepts.base.schedule)},
+        make_batch=batches,
+        loss_fn=lambda learned, batch: learning_loss(learned, concepts.base, batch),
+        validate=validation_loss(concepts.examples, concepts.base, options.batch_size),
+        sample=lambda learned: grid(draw_prompts(learned.put_into(concepts.plain), items, drawing), columns=SHOWN),
+        # Without the folders, which do not affect the result.
+        notes={name: note for name, note in notes.items() if name not in ("out", "cache_dir")},
+    )

@@ -9,22 +9,18 @@ command again resumes.
 """
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torch import Tensor
-
 from common.cli import Parser, options_from, run, say
 from common.runtime import pick_device
-from common.training import Trainer
 from common.training_options import TrainingOptions, add_training_arguments, training_options
 from latent_diffusion.base import load_base
 from p3_personalization import learning
-from p3_personalization.learning import ConceptOptions, Learned, learning_loss
+from p3_personalization.learning import ConceptOptions, Learned
 from p3_personalization.photos import ExampleBatches
-from p3_personalization.words import add_words, save_words
+from p3_personalization.words import save_words
 
 DEFAULTS = learning.DEFAULTS | {"steps": 400, "batch_size": 8, "lr": 2e-3, "sample_every": 500}
 
@@ -37,25 +33,11 @@ def train(config: ConceptOptions, options: TrainingOptions) -> Path:
     """
     base = load_base(config.base, pick_device(options.device), cache=config.cache_dir)
     concepts = learning.read_concepts(config, base, options.seed)
-    model, path = Learned(concepts.start), config.out / "words.safetensors"
-
-    def sample(learned: Learned) -> Tensor:
-        knowing = add_words(base, learned.words())
-        return learning.draw_samples(knowing, concepts.shown, config.guidance_scale, options.seed)
-
-    trainer = Trainer(
-        model=model,
-        options=options,
-        folder=config.out,
-        about={"kind": "words", "vectors": model.vectors, "schedule": asdict(base.schedule)},
-        make_batch=ExampleBatches([concepts.examples], [options.batch_size], base.schedule.T, options.seed),
-        loss_fn=lambda learned, batch: learning_loss(learned, concepts.base, batch),
-        validate=learning.validation_loss(concepts.examples, concepts.base, options.batch_size),
-        sample=sample,
-        notes=config.notes(),
-    )
-    trainer.finish(lambda learned, facts: save_words(path, learned.words(), facts))
-    say(f"{path}: {', '.join(model.vectors)}")
+    path, learned = config.out / "words.safetensors", Learned(concepts.start)
+    batches = ExampleBatches([concepts.examples], [options.batch_size], base.schedule.T, options.seed)
+    trainer = learning.make_trainer(config, options, concepts, learned, batches, kind="words")
+    trainer.finish(lambda averaged, facts: save_words(path, averaged.words(), facts))
+    say(f"{path}: {', '.join(learned.vectors)}")
     return path
 
 
