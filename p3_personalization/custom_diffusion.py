@@ -26,7 +26,7 @@ from latent_diffusion.drawing import PromptOptions, draw_prompts
 from latent_diffusion.miniature import BASE
 from latent_diffusion.miniature.scenes import random_scenes
 from p3_personalization import learning
-from p3_personalization.learning import ROOT, SHOWN, ConceptOptions, Learned
+from p3_personalization.learning import ROOT, SHOWN, TEXTS, ConceptOptions, Learned
 from p3_personalization.photos import ExampleBatches, encode, read_lines
 from p3_personalization.words import KIND, check_prompts, matrix_names, save_custom
 
@@ -37,10 +37,10 @@ SCENE_SIZE = 128  # pixels; only the scenes' prompts are used
 
 @dataclass
 class CustomOptions(ConceptOptions):
-    """Also how prior preservation works; every field but `images` is a flag of the same name."""
+    """Also how prior preservation works."""
 
     out: Path = option(ROOT / "runs" / "p3_custom", "folder of the run")
-    show: list[str] = option((), "further prompts to draw samples of", type=str, nargs="+", metavar="TEXT")
+    show: list[str] = option((), "further prompts to draw samples of", **TEXTS)
     class_share: float = option(0.75, "part of every batch that are pictures of the class")
     class_images: int = option(200, "pictures of the class, which the base draws once")
     class_prompts: Path = option(None, "prompts of the class, one a line (default for the shipped base: circles)")
@@ -62,10 +62,7 @@ def class_prompts(config: CustomOptions, seed: int) -> list[str]:
 
 
 def class_pictures(base: Base, prompts: Sequence[str], seed: int, guidance_scale: float, path: Path) -> Tensor:
-    """A picture of each prompt, drawn by the base: uint8 (N, 3, size, size).
-
-    They are kept in a safetensors file, and read from there if they are of the same prompts, seed and guidance.
-    """
+    """A picture of each prompt, drawn by the base or read from a file of the same: uint8 (N, 3, size, size)."""
     about = {"prompts": list(prompts), "seed": seed, "guidance_scale": guidance_scale}
     if path.exists() and load_about(path) == about:
         return load_tensors(path)[0]["images"]
@@ -110,7 +107,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> Path:
-    """Learn the concepts that the arguments name; see `train`."""
+    """See `train`."""
     return train(options_from(args, CustomOptions), training_options(args))
 
 

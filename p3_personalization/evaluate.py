@@ -31,7 +31,7 @@ from common.runtime import PRECISIONS, pick_device, pick_precision
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature import CLIP
 from latent_diffusion.miniature.regions import NEAR, concept_colour, disc_difference, shows_colours
-from p3_personalization.generate import COUNT, EXAMPLES, OUTPUT, TableEntry, read_table
+from p3_personalization.generate import COUNT, EXAMPLES, OUTPUT, TABLE, TableEntry, read_table
 from p3_personalization.photos import list_images
 
 BEST = 5  # pictures that the course's score is the mean of
@@ -39,20 +39,19 @@ TEXT_WEIGHT = 2.5  # of the text score beside the image score, when the best are
 SHOWN = ("image", "text", "baseline", "passed", "difference", "near", "shown")
 
 
-def best_means(images: Sequence[float], texts: Sequence[float]) -> tuple[float, float, list[int]]:
+def best_means(images: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
     """The course's score of one prompt: mean image and text score of the best pictures, and which these are."""
-    images, texts = np.asarray(images), np.asarray(texts)
     best = np.argsort(-(images + TEXT_WEIGHT * texts), kind="stable")[:BEST]
-    return float(images[best].mean()), float(texts[best].mean()), best.tolist()
+    return {"image": float(images[best].mean()), "text": float(texts[best].mean()), "best": best.tolist()}
 
 
 def read_references(folder: Path, entries: Sequence[TableEntry]) -> dict[str, list[np.ndarray]]:
     """The photos of each concept, uint8 (H, W, 3) each, by its number; a `UserError` where a concept has none."""
     references = {}
     for own in (folder / entry.number for entry in entries):
-        references[own.name] = [read_image(file, None) for file in list_images(own)]
-        if not references[own.name]:
+        if not (files := list_images(own)):
             raise UserError(f"{own}: holds no pictures of the concept; name the folder that has {own.name}/ with some")
+        references[own.name] = [read_image(file, None) for file in files]
     return references
 
 
@@ -77,19 +76,14 @@ def read_drawn(out: Path, entry: TableEntry, prompt: int, count: int) -> list[np
 
 
 def score_prompt(clip: Clip, pictures: Sequence[np.ndarray], references: Tensor, text: str) -> dict[str, Any]:
-    """The course's score of one prompt (`image`, `text`, the `best` pictures), and the scores of each picture.
+    """The score of pictures, uint8 (H, W, 3) each, of one prompt, whose `text` is in words that CLIP knows.
 
-    Args:
-        clip: the model.
-        pictures: drawn ones, uint8 (H, W, 3) each.
-        references: unit vectors of the concept's photos (N, D).
-        text: the prompt in words that CLIP knows.
+    `references` are unit vectors of the concept's photos (N, D).
     """
     drawn = clip.embed_images(pictures)
-    images = (100 * (drawn @ references.T).mean(dim=1)).tolist()
-    texts = (100 * (drawn @ clip.embed_texts([text]).T)[:, 0]).tolist()
-    image, text, best = best_means(images, texts)
-    return {"image": image, "text": text, "best": best, "images": images, "texts": texts}
+    images = (100 * (drawn @ references.T).mean(dim=1)).double().numpy()
+    texts = (100 * (drawn @ clip.embed_texts([text]).T)[:, 0]).double().numpy()
+    return best_means(images, texts) | {"images": images.tolist(), "texts": texts.tolist()}
 
 
 def score_discs(pictures: Sequence[np.ndarray], own: np.ndarray, in_prompt: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -105,8 +99,7 @@ def score_discs(pictures: Sequence[np.ndarray], own: np.ndarray, in_prompt: Sequ
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="evaluate.py", description=__doc__)
-    table = EXAMPLES / "input.json"
-    parser.add_argument("table", type=Path, nargs="?", default=table, metavar="INPUT_JSON", help="what was drawn")
+    parser.add_argument("table", type=Path, nargs="?", default=TABLE, metavar="INPUT_JSON", help="what was drawn")
     parser.add_argument("out", type=Path, nargs="?", default=OUTPUT, metavar="OUT", help="folder of the pictures")
     parser.add_argument("references", type=Path, nargs="?", default=EXAMPLES, metavar="REFERENCES", help="see above")
     scoring = parser.add_argument_group("scoring")

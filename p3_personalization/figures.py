@@ -35,6 +35,7 @@ from p3_personalization.generate import (
     EXAMPLES,
     INVERSION,
     ROOT,
+    TABLE,
     WORDS,
     TableEntry,
     drawing_options,
@@ -93,21 +94,17 @@ def draw_both(
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="figures.py", description=__doc__)
     figures = parser.add_argument_group("figures")
-    figures.add_argument(
-        "--out", type=Path, default=ROOT / "outputs" / "p3_2024_figures", help="folder for the figures"
-    )
+    figures.add_argument("--out", type=Path, default=ROOT / "outputs/p3_2024_figures", help="folder for the figures")
     figures.add_argument("--prompt", metavar="TEXT", help=f'prompt with two concepts (default: as "{TWO}")')
     figures.add_argument("--count", type=int, default=50, help="pictures of two concepts, for each method")
     discs = "count pictures with discs of both colours (default: for the miniature)"
     figures.add_argument("--discs", action=BooleanOptionalAction, help=discs)
     files = parser.add_argument_group("what was learned")
-    table = EXAMPLES / "input.json"
-    files.add_argument("--table", type=Path, default=table, metavar="INPUT_JSON", help="concepts and prompts")
+    files.add_argument("--table", type=Path, default=TABLE, metavar="INPUT_JSON", help="concepts and prompts")
     files.add_argument("--references", type=Path, default=EXAMPLES, metavar="FOLDER", help="photos, a folder a concept")
     files.add_argument("--base", type=Path, default=BASE, metavar="SD_CKPT", help="frozen model")
-    files.add_argument(
-        "--words", type=Path, nargs="+", default=[WORDS], metavar="FILE", help="textual inversion's words"
-    )
+    words = "textual inversion's words"
+    files.add_argument("--words", type=Path, nargs="+", default=[WORDS], metavar="FILE", help=words)
     files.add_argument("--custom", type=Path, default=CUSTOM, metavar="FILE", help="Custom Diffusion's file")
     add_drawing_flags(parser, sampler="dpm-solver++")
     return parser.parse_args(argv)

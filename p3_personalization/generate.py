@@ -35,6 +35,7 @@ INVERSION, CUSTOM_DIFFUSION = "textual inversion", "Custom Diffusion"
 # A student's own words for the real Stable Diffusion lie here, or beside SD_CKPT.
 OWN_WORDS = ROOT / "checkpoints" / "words_sd.safetensors"
 EXAMPLES = HERE / "examples"
+TABLE = EXAMPLES / "input.json"
 OUTPUT = ROOT / "outputs" / "p3_2024"
 MINIATURE_GUIDANCE_SCALE = 3.0
 COUNT = 25  # pictures of each prompt
@@ -43,21 +44,13 @@ EXAMPLE = '{"0": {"token_name": "<new1>", "prompt": ["A photo of <new1>."]}}'
 
 @dataclass(frozen=True)
 class TableEntry:
-    """One concept of the grader's table.
+    """One concept of the grader's table; the last two lists are empty if the table has none."""
 
-    Attributes:
-        number: its key there, and the name of its folder.
-        token: the word that stands for it.
-        prompts: what to draw.
-        judged_prompts: the same prompts in words that CLIP knows; empty if the table has none.
-        baselines: image and text score that each prompt's pictures must reach; empty if the table has none.
-    """
-
-    number: str
+    number: str  # its key there, and the name of its folder
     token: str
     prompts: list[str]
-    judged_prompts: list[str]
-    baselines: list[tuple[float, float]]
+    judged_prompts: list[str]  # the same prompts in words that CLIP knows
+    baselines: list[tuple[float, float]]  # image and text score that each prompt's pictures must reach
 
     def files(self, prompt: int, count: int) -> list[Path]:
         """The pictures of one prompt, relative to the output folder."""
@@ -97,11 +90,7 @@ def read_entry(number: str, fields: Any, where: str) -> TableEntry:
 
 
 def read_table(path: Path) -> list[TableEntry]:
-    """The concepts of an `input.json`, in its order.
-
-    Raises:
-        UserError: the file is missing or not JSON, or one of its entries cannot be used.
-    """
+    """The concepts of an `input.json`, in its order; a `UserError` where it or one of its entries cannot be used."""
     try:
         table = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -158,17 +147,12 @@ def load_plain(args) -> Base:
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="generate.py", description=__doc__)
-    table = EXAMPLES / "input.json"
-    parser.add_argument("table", type=Path, nargs="?", default=table, metavar="INPUT_JSON", help="what to draw")
+    parser.add_argument("table", type=Path, nargs="?", default=TABLE, metavar="INPUT_JSON", help="what to draw")
     parser.add_argument("out", type=Path, nargs="?", default=OUTPUT, metavar="OUT", help="folder for the pictures")
-    parser.add_argument(
-        "base", type=Path, nargs="?", default=BASE, metavar="SD_CKPT", help="frozen model, file or folder"
-    )
+    parser.add_argument("base", type=Path, nargs="?", default=BASE, metavar="SD_CKPT", help="frozen file or folder")
     learned = parser.add_argument_group("learned")
-    own = "/".join(OWN_WORDS.parts[-2:])
-    learned.add_argument(
-        "--words", type=Path, nargs="+", metavar="FILE", help=f"words (default: the shipped ones, or {own})"
-    )
+    words = f"words (default: the shipped ones, or {'/'.join(OWN_WORDS.parts[-2:])})"
+    learned.add_argument("--words", type=Path, nargs="+", metavar="FILE", help=words)
     learned.add_argument("--custom", type=Path, metavar="FILE", help="what custom_diffusion.py learned, instead")
     files = parser.add_argument_group("pictures")
     files.add_argument("--count", type=int, default=COUNT, help="pictures of each prompt; the grader wants 25")

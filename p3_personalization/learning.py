@@ -7,6 +7,7 @@ base's own in every call.
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The miniature's concepts, and for each a colour of one token that is close to it.
 STARTS = {ROOT / "runs" / "concepts" / "0": "purple", ROOT / "runs" / "concepts" / "1": "olive"}
 TEMPLATES = Path(__file__).resolve().parent / "templates.txt"  # Gal et al. 2022, appendix C, from CLIP's templates
+TEXTS = {"type": str, "nargs": "+", "metavar": "TEXT"}  # a flag with a list of texts
 DEFAULTS = {"weight_decay": 0.0, "warmup": 10, "ema": 0.0, "validate_every": 100, "save_every": 100}
 TABLE = "embeddings.token_embedding.weight"  # in the text encoder
 WATCHED_TIMES = 8  # timesteps a photo in the validation loss
@@ -39,9 +41,7 @@ SHOWN, STEPS = 4, 10  # samples a concept while it is learned, and steps to draw
 
 @dataclass
 class ConceptOptions:
-    """What to learn, from which photos, with which base; every field but `images` is a flag of the same name.
-
-    A field that is None is filled in.
+    """What to learn, from which photos, with which base; what is None is filled in.
 
     Raises:
         UserError: a value is out of its range, or a list does not fit the folders.
@@ -51,14 +51,10 @@ class ConceptOptions:
     out: Path = option(ROOT / "runs" / "p3_words", "folder of the run")
     base: Path = option(BASE, "frozen model: a single file or a diffusers folder")
     cache_dir: Path = option(cache_folder(), "folder that keeps a safetensors copy of a .ckpt")
-    token: list[str] = option(None, "token for each folder (default: <new1>, <new2>, ...)", type=str, nargs="+")
-    initialiser: list[str] = option(
-        None, "known word to start from, one for all folders or one for each", type=str, nargs="+", metavar="WORD"
-    )
+    token: list[str] = option(None, "token for each folder (default: <new1>, <new2>, ...)", **TEXTS)
+    initialiser: list[str] = option(None, "known word to start from, one for all folders or one for each", **TEXTS)
     vectors: int = option(1, "rows of the embedding table for each word")
-    template: list[str] = option(
-        None, "captions with {} for the word (default: the 27 in templates.txt)", type=str, nargs="+", metavar="TEXT"
-    )
+    template: list[str] = option(None, "captions with {} for the word (default: the 27 in templates.txt)", **TEXTS)
     views: int = option(16, "views of each photo, itself and random crops; they are encoded once")
     smallest_crop: float = option(0.8, "side of the smallest crop, as a part of the photo's")
     flip: bool = option(None, "mirror some crops (default: yes, except for the miniature's concepts)")
@@ -163,9 +159,7 @@ class Learned(nn.Module):
 
 def learning_loss(learned: nn.Module, base: Base, batch: Batch) -> Tensor:
     """Mean squared error of the prediction of a `Learned`, bare or wrapped (Gal et al. 2022, equation 2)."""
-    return diffusion_loss(
-        lambda xt, t, tokens: learned(base, xt, t, tokens), batch, base.schedule, base.prediction, gamma=0
-    )
+    return diffusion_loss(partial(learned, base), batch, base.schedule, base.prediction, gamma=0)
 
 
 def validation_loss(examples: EncodedExamples, base: Base, batch_size: int) -> Callable[[nn.Module], Tensor]:

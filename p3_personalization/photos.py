@@ -27,17 +27,12 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank, each a caption or a prompt.
-
-    Raises:
-        UserError: the file cannot be read, or has none.
-    """
+    """The lines of a text file that are not blank, each a caption or a prompt; a `UserError` if there are none."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a readable text file ({error}); save it as UTF-8, with a sentence a line"
-        ) from None
+        mend = "save it as UTF-8, with a sentence a line"
+        raise UserError(f"{path}: not a readable text file ({error}); {mend}") from None
     if not lines:
         raise UserError(f"{path}: is empty; write a sentence a line, or remove the file")
     return lines
@@ -52,14 +47,10 @@ def fill_in(templates: Sequence[str], token: str, mention: str) -> list[str]:
 
 
 def read_photos(folder: Path, token: str, size: int, templates: Sequence[str]) -> list[Photo]:
-    """Read the photos of one concept and their captions.
+    """Read the photos of one concept, cropped and resized to `size` pixels a side, and their captions.
 
-    Args:
-        folder: holds the photos. A .txt of the same name has captions for one photo, a `templates.txt` those for all
-            photos without a .txt of their own.
-        token: stands for the concept in the captions.
-        size: side to crop and resize to, in pixels.
-        templates: captions with {} for the token, for photos that have neither file.
+    A .txt of the same name has captions for one photo, a `templates.txt` in the folder those for all photos without a
+    .txt of their own; else the given templates are taken. In all of them {} stands for the token.
 
     Raises:
         UserError: the folder is missing or has no photos, a photo is broken, or a caption has no {}.
@@ -75,14 +66,9 @@ def read_photos(folder: Path, token: str, size: int, templates: Sequence[str]) -
 
 
 def views(image: Tensor, count: int, smallest: float, flip: bool, generator: torch.Generator) -> Tensor:
-    """An image and `count` - 1 random square crops of it, resized to its size: float (count, 3, size, size).
+    """An image, float (3, size, size), and `count` - 1 random square crops of it: float (count, 3, size, size).
 
-    Args:
-        image: float (3, size, size).
-        count: views in all.
-        smallest: side of the smallest crop, 0 to 1 of the image's.
-        flip: mirror about every other crop.
-        generator: the only source of randomness.
+    A crop's side is at least `smallest`, 0 to 1, of the image's; about every other one is mirrored where `flip` is on.
     """
     size, parts = image.shape[-1], [image]
     for scale, x, y, mirror in torch.rand(count - 1, 4, generator=generator).tolist():
@@ -116,14 +102,7 @@ class EncodedExamples:
 
 
 def encode(base: Base, photos: Sequence[Photo], count: int, smallest: float, flip: bool, seed: int) -> EncodedExamples:
-    """Encode every photo in several views, and the tokens of its captions.
-
-    Args:
-        base: encodes; a `UserError` if its tokenizer lacks a word of a caption.
-        photos: with their captions.
-        count, smallest, flip: see `views`.
-        seed: of the views.
-    """
+    """Encode every photo in several `views`, and the tokens of its captions; a `UserError` at an unknown word."""
     latents, tokens = [], []
     for k, (image, captions) in enumerate(photos):
         check_prompts(base.tokenizer, captions)
@@ -133,18 +112,14 @@ def encode(base: Base, photos: Sequence[Photo], count: int, smallest: float, fli
     return EncodedExamples(torch.stack(latents), tokens)
 
 
+@dataclass(frozen=True)
 class ExampleBatches:
-    """Draws the batches: a fixed number of each kind of examples.
+    """Draws the batches: a fixed count of each kind of examples, such as the concepts' and those of their class."""
 
-    Args:
-        kinds: such as the concepts' examples and those of their class.
-        counts: how many of each kind a batch has.
-        T: timesteps of the schedule.
-        seed: of the order in which photos come.
-    """
-
-    def __init__(self, kinds: Sequence[EncodedExamples], counts: Sequence[int], T: int, seed: int):
-        self.kinds, self.counts, self.T, self.seed = kinds, counts, T, seed
+    kinds: Sequence[EncodedExamples]
+    counts: Sequence[int]
+    T: int
+    seed: int  # of the order in which photos come
 
     def __call__(self, step: int, generator: torch.Generator) -> Batch:
         taken = []

@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> Path:
-    """Learn the words that the arguments name; see `train`."""
+    """See `train`."""
     return train(options_from(args, ConceptOptions), training_options(args))
 
 

@@ -31,11 +31,7 @@ MATRICES = {f".attn2.to_{kind}.weight": f".attn2.processor.to_{kind}_custom_diff
 
 
 def check_prompts(tokenizer: CLIPTokenizer, prompts: Iterable[str], token: str = "", mention: str = "") -> None:
-    """Check that every prompt has `token`, and no token in angle brackets that the tokenizer does not know.
-
-    Raises:
-        UserError: names the prompt and the token; the line starts with `mention`.
-    """
+    """Raise a `UserError`, which starts with `mention`, unless every prompt has `token` and no unknown one in <>."""
     known = {name.lower() for name in tokenizer.added_tokens_encoder}
     for prompt in prompts:
         if token.lower() not in prompt.lower():
@@ -51,7 +47,7 @@ def save_words(path: Path, words: Words, about: Mapping[str, Any]) -> None:
     diffusers' `load_textual_inversion` takes the path of a file with one word. For several words give it the list
     `[{token: rows} for token, rows in load_file(path).items()]`.
     """
-    save_tensors(path, {token: rows.float() for token, rows in words.items()}, {"kind": "words"} | dict(about))
+    save_tensors(path, words, {"kind": "words"} | dict(about))
 
 
 def load_words(*paths: Path) -> Words:
@@ -75,12 +71,8 @@ def load_words(*paths: Path) -> Words:
 
 def matrix_names(unet: UNet2DConditionModel) -> dict[str, str]:
     """The cross-attention's key and value matrices: from each name in the U-Net to its name in a file."""
-    return {
-        name: name.removesuffix(end) + MATRICES[end]
-        for name, _ in unet.named_parameters()
-        for end in MATRICES
-        if name.endswith(end)
-    }
+    names = [name for name, _ in unet.named_parameters()]
+    return {name: name.removesuffix(end) + MATRICES[end] for name in names for end in MATRICES if name.endswith(end)}
 
 
 def save_custom(path: Path, base: Base, words: Words, matrices: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -96,7 +88,7 @@ def save_custom(path: Path, base: Base, words: Words, matrices: Mapping[str, Ten
     names = matrix_names(base.unet)
     tensors = {names[name]: matrix.float() for name, matrix in matrices.items()}
     tensors |= {name: torch.empty(0) for name in base.unet.attn_processors if ".attn1." in name}
-    save_tensors(path, {token: rows.float() for token, rows in words.items()} | tensors, {"kind": KIND} | dict(about))
+    save_tensors(path, dict(words) | tensors, {"kind": KIND} | dict(about))
 
 
 def load_custom(base: Base, path: Path) -> Base:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from common.cli import Parser, UserError, add_json_argument, check, check_json, run, write_json
@@ -42,25 +43,15 @@ SHOWN = 5  # successes and failures
 
 @dataclass(frozen=True)
 class ZeroShotData:
-    """Pictures with one class each.
+    """Pictures with one class each."""
 
-    Attributes:
-        classes: their names.
-        labels: int64 (N,), each picture's position in `classes`.
-        read: from a position to the picture, uint8 (H, W, 3).
-    """
-
-    classes: list[str]
-    labels: Tensor
-    read: Callable[[int], np.ndarray]
+    classes: list[str]  # their names
+    labels: Tensor  # int64 (N,), each picture's position in `classes`
+    read: Callable[[int], np.ndarray]  # from a position to the picture, uint8 (H, W, 3)
 
 
 def read_folder(folder: Path) -> ZeroShotData:
-    """The course's pictures: `id2label.json`, and `val/{class}_{n}.png` (or .jpg, ...).
-
-    Raises:
-        UserError: the table or the pictures are missing or broken, or a picture's class is not in the table.
-    """
+    """The course's pictures: `id2label.json` and `val/{class}_{n}.png`; a `UserError` where they cannot be used."""
     table, val = folder / "id2label.json", folder / "val"
     try:
         names = json.loads(table.read_text(encoding="utf-8-sig"))
@@ -101,11 +92,8 @@ def make_circles(classes: Sequence[str], count: int, seed: int) -> ZeroShotData:
 def class_scores(clip: Clip, data: ZeroShotData, templates: Sequence[str], combine: str) -> Tensor:
     """How well each class fits each picture: cosines, float32 (N, classes) (Radford et al. 2021, section 3.1.4).
 
-    Args:
-        clip: the model.
-        data: pictures and classes.
-        templates: sentences in which {} stands for the class.
-        combine: "mean" compares each picture with the mean of a class's sentences, "best" with the one that fits best.
+    In the templates {} stands for the class. If `combine` is "mean", a picture is compared with the mean of a class's
+    sentences, if "best" with the one that fits best.
     """
     sentences = torch.stack(
         [clip.embed_texts([template.replace("{}", name) for name in data.classes]) for template in templates]
@@ -134,10 +122,8 @@ def accuracies(scores: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
-def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str):
-    """A matplotlib figure of the share of each class's pictures (rows) that got each name (columns)."""
-    from matplotlib.figure import Figure  # here, because it takes a second to import
-
+def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> Figure:
+    """The share of each class's pictures (rows) that got each name (columns)."""
     side = 3 + 0.17 * len(classes)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot(xlabel="named by CLIP", ylabel="class", title=title)
@@ -156,13 +142,11 @@ def choose_examples(wanted: Tensor, labels: Tensor) -> list[int]:
     return sorted([*sorted(first.values()), *others][:SHOWN])
 
 
-def plot_examples(data: ZeroShotData, scores: Tensor, scale: float):
-    """A matplotlib figure of successes (left) and failures (right), each beside its likeliest classes.
+def plot_examples(data: ZeroShotData, scores: Tensor, scale: float) -> Figure:
+    """Successes (left) and failures (right), each beside its likeliest classes.
 
     Bars are the softmax over all classes of the scores times CLIP's own scale, in percent; the true class is green.
     """
-    from matplotlib.figure import Figure
-
     percent = 100 * (scale * scores).softmax(dim=1)
     hits = scores.argmax(dim=1) == data.labels
     figure = Figure(figsize=(11, 2 * SHOWN), layout="constrained")
@@ -173,7 +157,8 @@ def plot_examples(data: ZeroShotData, scores: Tensor, scale: float):
         for row, k in enumerate(choose_examples(wanted, data.labels)):
             picture, bars = grid[row, 2 * side : 2 * side + 2]
             picture.imshow(data.read(k))
-            picture.set_title(f"{word}: {data.classes[data.labels[k]]}", fontsize=9)
+            # From the left, where a long name has room beside a narrow picture.
+            picture.set_title(f"{word}: {data.classes[data.labels[k]]}", fontsize=9, loc="left")
             likeliest = percent[k].topk(min(BEST, len(data.classes)))
             colours = ["tab:green" if right else "tab:gray" for right in likeliest.indices == data.labels[k]]
             drawn = bars.barh(range(len(colours)), likeliest.values.tolist(), color=colours)
@@ -187,16 +172,15 @@ def plot_examples(data: ZeroShotData, scores: Tensor, scale: float):
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="zeroshot.py", description=__doc__)
-    parser.add_argument(
-        "data", type=Path, nargs="?", metavar="DATA", help="folder with id2label.json and val/ (default: drawn circles)"
-    )
+    data = "folder with id2label.json and val/ (default: drawn circles)"
+    parser.add_argument("data", type=Path, nargs="?", metavar="DATA", help=data)
     model = parser.add_argument_group("CLIP")
     model.add_argument("--clip", type=Path, default=CLIP, metavar="FOLDER", help="CLIP in transformers' format")
-    model.add_argument(
-        "--templates", nargs="+", metavar="TEXT",
-        help=f'sentences with {{}} for the class; their mean counts, for circles the best (default: "{TEMPLATE}", for'
-        ' circles "{} circle with ... background" with every colour)',
-    )  # fmt: skip
+    templates = (
+        f'sentences with {{}} for the class; their mean counts, for circles the best (default: "{TEMPLATE}", for'
+    )
+    templates += ' circles "{} circle with ... background" with every colour)'
+    model.add_argument("--templates", nargs="+", metavar="TEXT", help=templates)
     model.add_argument("--precision", choices=PRECISIONS, default="auto", help="precision of CLIP")
     model.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:1, ...")
     circles = parser.add_argument_group("circles")

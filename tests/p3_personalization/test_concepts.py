@@ -9,11 +9,9 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
-from latent_diffusion.miniature.regions import disc_difference
 from latent_diffusion.miniature.scenes import VISIBLE
 from p3_personalization import concepts
 from p3_personalization.concepts import CONCEPTS, PROMPTS, concept_scenes, draw_scene, main, parse_arguments
-from p3_personalization.evaluate import disc_colours, read_references
 from p3_personalization.generate import EXAMPLES, read_table
 
 
@@ -65,7 +63,6 @@ def test_every_picture_shows_the_concept_where_its_scene_says():
             corner = COLOURS[scene.background]
             assert tuple(picture[0, 0]) == corner
             assert np.linalg.norm(rgb_to_lab(corner) - rgb_to_lab(colour)) > VISIBLE
-    assert concept_scenes("<new1>", 3, seed=0) == concept_scenes("<new1>", 5, seed=0)[:3]
     assert concept_scenes("<new1>", 3, seed=1) != concept_scenes("<new1>", 3, seed=0)
 
 
@@ -84,13 +81,6 @@ def test_the_folder_is_the_shipped_one(made):
             assert [len(entry.pop("baseline")) for table in tables for entry in table.values()] == [2] * 4
             assert tables[0] == tables[1]
     assert [entry.token for entry in read_table(EXAMPLES / "input.json")] == list(CONCEPTS)
-
-
-def test_the_shipped_discs_are_found_and_have_the_concept_s_colour():
-    references = read_references(EXAMPLES, read_table(EXAMPLES / "input.json"))
-    assert [tuple(colour) for colour in disc_colours(references).values()] == list(CONCEPTS.values())
-    for photos, colour in zip(references.values(), CONCEPTS.values()):
-        assert [disc_difference(photo, np.array(colour)) for photo in photos] == [0] * 5
 
 
 def test_baselines_are_nine_tenths_of_what_exact_drawings_score(made):

@@ -67,10 +67,10 @@ def arguments(folders, clip_folder):
 
 
 def test_the_best_five_are_chosen_by_image_and_text_together():
-    image, text = [50, 60, 70, 80, 90, 40], [30, 30, 30, 30, 10, 40]
+    image, text = np.array([[50, 60, 70, 80, 90, 40], [30, 30, 30, 30, 10, 40]])
     # image + 2.5 text: 125, 135, 145, 155, 115, 140
-    assert evaluate.best_means(image, text) == (60.0, 32.0, [3, 2, 5, 1, 0])
-    assert evaluate.best_means([50, 60], [1, 2]) == (55.0, 1.5, [1, 0])
+    assert evaluate.best_means(image, text) == {"image": 60, "text": 32, "best": [3, 2, 5, 1, 0]}
+    assert evaluate.best_means(image[:2], text[:2]) == {"image": 55, "text": 30, "best": [1, 0]}
 
 
 def test_scores_are_those_of_transformers_calls(arguments, folders, clip_folder, tmp_path):
@@ -97,7 +97,10 @@ def test_scores_are_those_of_transformers_calls(arguments, folders, clip_folder,
             image = 100 * np.mean([torch.cosine_similarity(drawn, other).item() for other in known])
             assert row["images"][k] == pytest.approx(image, abs=1e-3)
             assert row["texts"][k] == pytest.approx(100 * torch.cosine_similarity(drawn, words).item(), abs=1e-3)
-        assert (row["image"], row["text"]) == evaluate.best_means(row["images"], row["texts"])[:2]
+        assert (row["image"], row["text"]) == (
+            pytest.approx(np.mean(row["images"])),
+            pytest.approx(np.mean(row["texts"])),
+        )
         assert "difference" not in row
     assert [row.get("passed") for row in rows] == [True, False, None]
     assert [row.get("baseline") for row in rows] == [[-100, -100], [100, -100], None]
@@ -113,7 +116,6 @@ def test_discs_are_counted_by_their_colours(arguments, capsys):
     assert rows[0]["difference"] == pytest.approx(np.median([0, apart(ROSE, WINE), apart((255, 215, 0), WINE), 0]))
     assert [row["near"] for row in rows] == [0.75, 1, 0.75]
     assert [row["shown"] for row in rows] == [0.75, 0.5, 0.75]
-    assert rows[2]["difference"] == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[1].startswith(f"0/1 {TABLE['0']['prompt'][1]}: image {rows[1]['image']:.2f}, text ")
     assert printed[1].endswith("baseline [100.0, -100.0], passed False, difference 0.00, near 1.00, shown 0.50")
@@ -129,11 +131,9 @@ def test_a_prompt_that_mostly_shows_no_disc_has_no_difference():
     ("harm", "flags", "words"),
     [
         (lambda t, o, r: (o / "0/1/source0_prompt1_2.png").unlink(), [], "source0_prompt1_2.png: no such picture"),
-        (lambda t, o, r: shutil.rmtree(o / "1"), [], "source1_prompt0_0.png: no such picture"),
         (lambda t, o, r: shutil.copy(o / "0/0/source0_prompt0_0.png", o / "0/0/more.png"), [], "0/0: holds 5 pictures"),
         (lambda t, o, r: (o / "0/0/source0_prompt0_0.png").write_bytes(b""), [], "not a readable image"),
         (lambda t, o, r: shutil.rmtree(r / "1"), [], "1: holds no pictures of the concept"),
-        (lambda t, o, r: t.unlink(), [], "input.json: cannot be read"),
         (lambda t, o, r: t.write_text('{"0": {"token_name": "<a>", "prompt": ["<a>"]}}'), [], 'no "prompt_4_clip'),
         (lambda t, o, r: save_scene(r / "0" / "3.png", []), ["--discs"], "'0': not all its pictures show a disc"),
         (lambda t, o, r: None, ["--count", "0"], "--count 0: must be at least 1"),

@@ -5,17 +5,11 @@ import torch
 from PIL import Image
 
 from common.cli import UserError
-from common.data import stratified_timesteps, to_unit_range
+from common.data import to_unit_range
 from common.runtime import seeded_generator
 from latent_diffusion.base import prompt_tokens
-from p3_personalization.learning import TEMPLATES
-from p3_personalization.photos import EncodedExamples, ExampleBatches, encode, read_lines, read_photos, views
+from p3_personalization.photos import EncodedExamples, ExampleBatches, encode, read_photos, views
 from p3_personalization.words import add_words
-
-
-@pytest.fixture
-def knowing(base, learned_words):
-    return add_words(base, learned_words)
 
 
 @pytest.fixture
@@ -41,12 +35,6 @@ def test_photos_have_their_own_captions_or_the_folders_or_the_templates(folder):
     assert [captions for _, captions in again] == [["photo of a <new1> dog"], own, ["photo of a <new1> dog"]]
 
 
-def test_the_default_templates_are_sentences_about_one_thing():
-    templates = read_lines(TEMPLATES)
-    assert len(templates) == len(set(templates)) == 27
-    assert all(template.count("{}") == 1 for template in templates)
-
-
 @pytest.mark.parametrize(
     ("text", "template", "complaint"),
     [
@@ -61,11 +49,6 @@ def test_captions_that_cannot_be_used_are_refused(folder, text, template, compla
     with pytest.raises(UserError) as caught:
         read_photos(folder, "<new1>", 32, [template])
     assert str(caught.value).startswith(complaint.replace("{folder}", str(folder)))
-
-
-def test_a_folder_without_photos_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no images"):
-        read_photos(tmp_path, "<new1>", 32, ["{}"])
 
 
 def gradient(size):
@@ -96,12 +79,12 @@ def test_views_can_do_without_crops_and_mirrors():
     picture = gradient(16)
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(views(picture, 5, 1.0, False, generator), picture.expand(5, -1, -1, -1))
-    assert torch.equal(views(picture, 1, 0.5, True, generator), picture[None])
     for view in views(picture, 9, 1.0, True, generator):
         assert torch.equal(view, picture) or torch.equal(view, picture.flip(-1))
 
 
-def test_latents_and_tokens_are_the_bases(knowing):
+def test_latents_and_tokens_are_the_bases(base, learned_words):
+    knowing = add_words(base, learned_words)
     images = torch.randint(0, 256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     photos = [(images[0], ["<new1>", "red"]), (images[1], ["a <new1>"]), (images[2], ["blue"])]
     examples = encode(knowing, photos, 9, 0.7, True, seed=0)
@@ -110,7 +93,6 @@ def test_latents_and_tokens_are_the_bases(knowing):
     assert (examples.latents[:, 1:] - examples.latents[:, :1]).abs().amax(dim=(2, 3, 4)).min() > 1e-3
     assert [tokens.shape for tokens in examples.tokens] == [(2, 77), (1, 77), (1, 77)]
     assert torch.equal(examples.tokens[0], prompt_tokens(knowing.tokenizer, ["<new1>", "red"]))
-    assert torch.equal(encode(knowing, photos, 9, 0.7, True, seed=0).latents, examples.latents)
     with pytest.raises(UserError, match="<new7> is no learned word"):
         encode(knowing, [(images[0], ["a <new7>"])], 1, 1.0, False, seed=0)
 
@@ -123,7 +105,6 @@ def test_a_batch_gets_a_view_and_a_caption_of_each_photo():
     assert (taken.shape, tokens.shape) == ((80, 1, 1, 1), (80, 1))
     assert [set(taken[index == k].flatten().tolist()) for k in range(2)] == [{0, 1, 2}, {3, 4, 5}]
     assert [set(tokens[index == k].flatten().tolist()) for k in range(2)] == [{1, 2}, {3}]
-    assert torch.equal(examples.take(index, torch.Generator().manual_seed(0))[1], tokens)
 
 
 def numbered(count, start):
@@ -137,16 +118,12 @@ def test_batches_have_their_share_of_every_kind():
     seen = []
     for step in range(6):
         batch = batches(step, seeded_generator(0, 1, step))
-        shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
-        assert shapes == {"x0": (6, 4, 2, 2), "tokens": (6, 5), "t": (6,), "eps": (6, 4, 2, 2)}
         numbers = batch["x0"][:, 0, 0, 0]
         assert (numbers[:4] < 100).all()
         assert (numbers[4:] >= 100).all()
         assert torch.equal(batch["tokens"][:, 0], numbers.long())
-        generator = seeded_generator(0, 1, step)
-        for count in (4, 2):
-            torch.rand(2, count, generator=generator, dtype=torch.float64)
-        assert torch.equal(batch["t"], stratified_timesteps(6, 1000, generator))
+        assert (batch["t"].sort().values * 6 // 1000).tolist() == [*range(6)]
+        assert batch["eps"].shape == batch["x0"].shape
         seen += numbers[:4].tolist()
     assert sorted(seen) == sorted([0.0, 1.0, 2.0] * 8)  # every picture comes equally often
     assert torch.equal(batches(2, seeded_generator(0, 1, 2))["eps"], batches(2, seeded_generator(0, 1, 2))["eps"])

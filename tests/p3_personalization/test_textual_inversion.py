@@ -1,20 +1,14 @@
 """Learning words through the script: what changes and what stays, resume, diffusers' reader, and bad input."""
 
-import json
-
 import pytest
-import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from common.checkpoint import load_about, load_tensors
+from common.checkpoint import load_about
 from common.cli import UserError, options_from
-from latent_diffusion.base import load_base, quiet
-from latent_diffusion.saving import save_base
 from p3_personalization import textual_inversion
 from p3_personalization.learning import ConceptOptions
 from p3_personalization.textual_inversion import main, parse_arguments
-from p3_personalization.words import add_words, load_words
+from p3_personalization.words import load_words
 from tests.training import killed_at, same_files, spied_on, touched
 
 
@@ -28,10 +22,7 @@ def finished(learning_arguments, tmp_path_factory):
 
 @pytest.fixture
 def call(learning_arguments, tmp_path):
-    def call(*flags):
-        return main(parse_arguments([*learning_arguments, "--out", str(tmp_path / "run"), *flags]))
-
-    return call
+    return lambda *flags: main(parse_arguments([*learning_arguments, "--out", str(tmp_path / "run"), *flags]))
 
 
 def test_a_run_leaves_the_words_of_all_folders_in_one_file(finished, base):
@@ -41,9 +32,6 @@ def test_a_run_leaves_the_words_of_all_folders_in_one_file(finished, base):
     start = before[base.tokenizer.convert_tokens_to_ids("r</w>")]
     for rows in words.values():
         assert all((row - start).abs().max() > 0.01 for row in rows)
-    extended = add_words(base, words)
-    assert torch.equal(extended.text_encoder.get_input_embeddings().weight[: len(before)], before)
-    assert torch.equal(extended.encode_prompts(["red", ""]), base.encode_prompts(["red", ""]))
     assert (about["step"], about["vectors"]) == (6, {"<new1>": 2, "<new2>": 2})
     assert about["training"]["initialiser"] == ["r", "r"]
     assert about["validation_loss"] > 0
@@ -58,33 +46,11 @@ def test_only_the_new_rows_are_trained_and_the_base_stays_as_it_is(call, pipelin
     assert {name: tuple(p.shape) for name, p in seen.trainer.state.trained.items()} == {"rows": (2, 16)}
 
 
-def test_the_validation_loss_falls(call, tmp_path):
-    """The small base is random, and yet some words suit the photos better than others."""
-    call("--steps", "30", "--validate-every", "10", "--sample-every", "30")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
-    assert len(losses) == 3
-    assert losses[-1] < losses[0]
-    assert list(load_tensors(tmp_path / "run" / "best.safetensors")[0]) == ["rows"]
-
-
 def test_a_killed_run_ends_like_an_undisturbed_one(call, finished, tmp_path):
     with killed_at(4):
         call("--vectors", "2")
     assert not (tmp_path / "run" / "words.safetensors").exists()
     assert same_files(call("--vectors", "2"), finished / "words.safetensors")
-
-
-def test_diffusers_reads_what_a_run_wrote(photos, base, learning_arguments, pipeline_folder, tmp_path):
-    flags = ["--token", "<toy>", "--steps", "1", "--vectors", "3", "--out", str(tmp_path)]
-    path = main(parse_arguments([str(photos / "0"), *learning_arguments[2:], *flags]))
-    with quiet():
-        pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, local_files_only=True)
-        pipeline.load_textual_inversion(path)
-        with torch.no_grad():
-            theirs = pipeline.encode_prompt("a <toy> circle", "cpu", 1, do_classifier_free_guidance=False)[0]
-    ours = add_words(base, load_words(path)).encode_prompts(["a <toy> circle"])
-    assert (ours - theirs).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -94,9 +60,7 @@ def test_diffusers_reads_what_a_run_wrote(photos, base, learning_arguments, pipe
         (["--token", "<a>", "<a>"], "--token <a>: is given to two folders of photos; give each its own"),
         (["--token", "<a>", "b"], "token 'b': write it in angle brackets"),
         (["--initialiser", "a", "b", "c"], "--initialiser: 3 for 2 folders of photos; give one for each"),
-        (["--initialiser", "red"], "--initialiser 'red': is 3 tokens (r, e, d); give 1 to 1"),
         (["--vectors", "0"], "--vectors 0: must be at least 1"),
-        (["--views", "0"], "--views 0: must be at least 1"),
         (["--smallest-crop", "0"], "--smallest-crop 0.0: must be 0.05 to 1"),
         (["--template", "a photo"], "template 'a photo': has no {}; write {} where the token <new1> goes"),
         (["--template", "{} and <new9>"], "prompt '<new1> and <new9>': <new9> is no learned word"),
@@ -116,15 +80,3 @@ def test_words_to_start_from_are_known_for_the_miniatures_concepts_alone(photos)
     with pytest.raises(UserError, match=r"^--initialiser: name a known word"):
         options_from(parse_arguments([str(photos / "0")]), ConceptOptions)
     assert options_from(parse_arguments([str(photos / "0"), "--initialiser", "dog"]), ConceptOptions).flip
-
-
-def test_a_base_with_words_can_be_saved_and_its_tokens_are_refused(
-    learning_arguments, finished, base, tmp_path, refusal
-):
-    extended = add_words(base, load_words(finished / "words.safetensors"))
-    save_base(tmp_path / "base", extended)
-    again = load_base(tmp_path / "base").encode_prompts(["a <new1>"])
-    assert (again - extended.encode_prompts(["a <new1>"])).abs().max() <= 0.01
-    args = parse_arguments([*learning_arguments, "--base", str(tmp_path / "base"), "--out", str(tmp_path / "run")])
-    assert refusal(main, args) == "token '<new1>': exists already; choose another"
-    assert not (tmp_path / "run").exists()
