@@ -19,8 +19,8 @@ from benchmarks.ablation_tables import ROOT, WEIGHTS, fingerprint, make_text, re
 from benchmarks.ablations_p1 import P1
 from benchmarks.ablations_p2 import P2
 from benchmarks.ablations_p3 import P3
-from common.checkpoint import write_atomically
-from common.cli import Parser, format_default, run, say, write_json
+from common.cli import Parser, format_default, run, say
+from common.output import write_atomically, write_json
 
 ABLATIONS = P1 | P2 | P3
 DOCS = ROOT / "docs"

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from common.checkpoint import save_tensors, write_atomically
-from common.cli import Parser, UserError, add_json_argument, check_json, progress, run, say, write_json
+from common.checkpoint import save_tensors
+from common.cli import Parser, UserError, progress, run, say
+from common.output import add_json_argument, check_json, write_atomically, write_json
 from common.runtime import PRECISIONS
 from common.schedule import NoiseSchedule
 from latent_diffusion.files import PUBLISHED

@@ -30,9 +30,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
 
 from benchmarks import peers
-from common.cli import Parser, Progress, add_json_argument, check, check_json, run, silence, write_json
+from common.cli import Parser, Progress, check, run, silence
 from common.data import Batch, LabelledImages
 from common.images import save_png
+from common.output import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, autocast, pick_device, pick_precision, seeded_generator
 from common.schedule import NoiseSchedule
 from common.training import diffusion_loss

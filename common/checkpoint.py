@@ -2,14 +2,11 @@
 
 import contextlib
 import json
-import os
 import pickle
 import re
-import shutil
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.cli import UserError
+from common.output import write_atomically
 
 EMA_PREFIX = "ema."
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-UNFINISHED = ".unfinished-"
 ZIP_START = b"PK\x03\x04"
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file of the same name in a temporary folder, then move it to `path`, which is always whole.
-
-    Raises:
-        UserError: the folder cannot be written or the disk is full; an earlier file at `path` is untouched.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder, because safetensors makes temporary files of its own beside the one that it is given.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as stage:
-            temporary = Path(stage) / path.name
-            write(temporary)
-            with open(temporary, "rb+") as written:
-                os.fsync(written.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # safetensors makes its files private
-            temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from None
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed while writing left in a folder."""
-    for stage in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:

@@ -1,9 +1,8 @@
-"""How programs talk to their users: flags and help, progress, results as JSON, and mistakes that a user can mend."""
+"""How programs talk to their users: flags and help, progress, and mistakes that a user can mend."""
 
 import argparse
 import contextlib
 import errno
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -214,32 +213,3 @@ def progress(items: Sequence[Item], name: str, unit: str) -> Iterator[Item]:
         for item in items:
             yield item
             phase.update()
-
-
-def add_json_argument(parser: Any, help: str = "write all figures to this file") -> None:
-    """Add `--json FILE`."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help=help)
-
-
-def check_json(path: Path | None) -> None:
-    """Check, before anything is measured, that the file can be written.
-
-    Raises:
-        UserError: its folder cannot be written.
-    """
-    from common.images import check_output_folder  # images.py imports this module
-
-    if path:
-        check_output_folder(path.parent)
-
-
-def write_json(path: Path | None, figures: Any) -> None:
-    """Write figures as one JSON document; with no path, do nothing.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    from common.checkpoint import write_atomically  # checkpoint.py imports this module
-
-    if path:
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(figures, indent=1) + "\n"))

@@ -1,10 +1,6 @@
-"""The only way between tensors and picture files: PNG, grids, captions, GIFs, and folders filled all at once."""
+"""The only way between tensors and picture files: PNG, grids, captions, GIFs."""
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.checkpoint import write_atomically
-from common.cli import UserError
+from common.output import write_atomically
 
 SAVE_RANGES = ("clamp", "minmax")
 
@@ -94,76 +89,3 @@ def add_captions(picture: Tensor, rows: Sequence[str] = (), columns: Sequence[st
     for i, text in enumerate(rows):
         pen.text((left - 6, top + (i + 0.5) * inner.height / len(rows)), text, "black", font, anchor="rm")
     return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
-
-
-def check_output_folder(folder: Path) -> None:
-    """Make sure that `folder` exists and can be written.
-
-    Raises:
-        UserError: it is a file, or cannot be made or written.
-    """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; name a folder to write to")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
-
-
-def clear_way(out: Path, files: Iterable[Path | str], overwrite: bool) -> None:
-    """Make sure that a grader will find nothing but these files in the folders they go to.
-
-    Args:
-        out: the folder above theirs; made if need be.
-        files: what is going to be written, as paths within `out`.
-        overwrite: remove other files.
-
-    Raises:
-        UserError: OUT cannot be written, or the folders hold other files and `overwrite` is off; nothing is removed
-            then.
-    """
-    check_output_folder(out)
-    wanted = {Path(out) / file for file in files}
-    strays = []
-    for folder in sorted({file.parent for file in wanted}):
-        if not folder.exists():
-            continue
-        check_output_folder(folder)
-        others = sorted(path for path in folder.iterdir() if path not in wanted)
-        if others and not overwrite:
-            raise UserError(
-                f"{folder}: already holds {len(others)} other files ({others[0].name}, ...) that a grader would judge"
-                " as well; name an empty folder, or remove them with --overwrite"
-            )
-        strays += others
-    if folders := [stray for stray in strays if stray.is_dir()]:
-        raise UserError(f"{folders[0]}: is a folder, which --overwrite does not remove; move it away")
-    for stray in strays:
-        stray.unlink()
-
-
-@contextlib.contextmanager
-def stage_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files move into `folder` when the block ends well, and vanish when it does not.
-
-    Raises:
-        UserError: `folder` is a file or cannot be written.
-    """
-    check_output_folder(folder)
-    stage = Path(tempfile.mkdtemp(dir=folder, prefix=".unfinished-"))
-    try:
-        yield stage
-        files = sorted(path for path in stage.rglob("*") if path.is_file())
-        targets = [Path(folder) / file.relative_to(stage) for file in files]
-        if in_the_way := [target for target in targets if target.is_dir()]:
-            raise UserError(f"{in_the_way[0]}: is a folder where a file is to go; move it away")
-        for file, target in zip(files, targets):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}); free space or choose another folder") from None
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)

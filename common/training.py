@@ -16,10 +16,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.checkpoint import remove_unfinished, save_tensors, to_half
+from common.checkpoint import save_tensors, to_half
 from common.cli import Progress, UserError, say
 from common.data import Batch, DrawnAhead
-from common.images import check_output_folder
+from common.output import check_output_folder, remove_unfinished
 from common.runtime import pick_device, pick_precision, seeded_generator
 from common.schedule import NoiseSchedule
 from common.training_options import TrainingOptions, learning_rate

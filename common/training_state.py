@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
-from common.checkpoint import EMA_PREFIX, load_strictly, load_tensors, save_tensors, write_atomically
+from common.checkpoint import EMA_PREFIX, load_strictly, load_tensors, save_tensors
 from common.cli import UserError, say
 from common.images import save_png
+from common.output import write_atomically
 from common.training_options import TrainingOptions
 
 METRICS = "metrics.jsonl"

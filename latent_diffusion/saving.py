@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from common.cli import UserError
-from common.images import stage_folder
+from common.output import stage_folder
 from latent_diffusion.base import PREDICTIONS, SCHEDULES, Base, quiet
 
 

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pandas as pd
 import torch
 
-from common.cli import Parser, UserError, add_json_argument, check_json, format_default, options_from, run, write_json
+from common.cli import Parser, UserError, format_default, options_from, run
 from common.data import LabelledImages, read_image
 from common.metrics import all_distances
+from common.output import add_json_argument, check_json, write_json
 from common.runtime import seeded_generator
 from p1_ddpm.digits import DOMAINS, LAYOUTS, read_real, wanted_digits
 from p1_ddpm.judge import IMAGE_SIZE, WEIGHTS, Judge, LeNet, apply_in_batches, find_correct, load_classifier, load_judge

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from common.cli import Parser, UserError, options_from, run, say
-from common.images import add_captions, grid, save_gif, save_png, stage_folder, to_uint8
+from common.images import add_captions, grid, save_gif, save_png, to_uint8
+from common.output import stage_folder
 from common.sampling import Step
 from p1_ddpm.digits import DOMAINS, ROOT, Digit, read_real, wanted_digits
 from p1_ddpm.sample import DigitOptions, DigitSampler, add_sampling_arguments

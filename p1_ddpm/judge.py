@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from common.checkpoint import load_model_file, load_pt, load_strictly, save_tensors, to_half
 from common.cli import Parser, UserError, progress, run
 from common.data import Batch, LabelledImages, jitter, shuffled_indices, to_unit_range
-from common.images import check_output_folder
+from common.output import check_output_folder
 from common.training_options import TrainingOptions
 from p1_ddpm.digits import DATA, ROOT, read_digits
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from common.checkpoint import load_model_file, load_strictly
 from common.cli import Parser, UserError, add_options, check, option, options_from, run, say
-from common.images import clear_way, stage_folder, to_pil, to_uint8
+from common.images import to_pil, to_uint8
+from common.output import clear_way, stage_folder
 from common.runtime import PRECISIONS, Processes, autocast, pick_device, pick_precision
 from common.sampling import METHODS, Denoiser, ImageNoise, Step, check_finite, draw_in_batches, reverse_process
 from common.schedule import NoiseSchedule

@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from common.cli import Parser, UserError, add_json_argument, check_json, run, write_json
+from common.cli import Parser, UserError, run
 from common.data import read_image
+from common.output import add_json_argument, check_json, write_json
 from p2_ddim.sample import EXAMPLES, OUTPUT
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from common.cli import Parser, UserError, check, progress, run, say
-from common.images import add_captions, grid, save_gif, save_png, stage_folder
+from common.images import add_captions, grid, save_gif, save_png
+from common.output import stage_folder
 from p2_ddim.interpolate import METHODS, STRIP, between
 from p2_ddim.noise import Noise, random_noises
 from p2_ddim.sample import EXAMPLES, OUTPUT, WEIGHTS, add_sampling_arguments, make_sampler, noises_for

@@ -19,9 +19,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torchvision.utils import save_image
 
-from common.checkpoint import load_model_file, save_tensors, to_half, write_atomically
+from common.checkpoint import load_model_file, save_tensors, to_half
 from common.cli import Parser, check, progress, run, say
-from common.images import stage_folder
+from common.output import stage_folder, write_atomically
 from common.schedule import NoiseSchedule
 from p2_ddim.model import FaceUNet, load_face_unet
 from p2_ddim.noise import Noise, random_noises, read_noises

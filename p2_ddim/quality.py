@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoint import load_pt, load_strictly
-from common.cli import Parser, UserError, add_json_argument, check, check_json, progress, run, write_json
+from common.cli import Parser, UserError, check, progress, run
 from common.data import read_folder_images, to_unit_range
-from common.images import add_captions, grid, save_png, stage_folder
+from common.images import add_captions, grid, save_png
 from common.metrics import all_distances, nearest
+from common.output import add_json_argument, check_json, stage_folder, write_json
 from common.runtime import seeded_generator
 from p2_ddim.noise import random_noises
 from p2_ddim.sample import HERE, OUTPUT, WEIGHTS, add_sampling_arguments, make_sampler

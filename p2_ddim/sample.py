@@ -11,7 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import Parser, add_options, options_from, run, say
-from common.images import stage_folder, to_pil
+from common.images import to_pil
+from common.output import stage_folder
 from common.runtime import PRECISIONS, pick_device
 from p2_ddim.model import load_face_unet
 from p2_ddim.noise import Noise, read_noises

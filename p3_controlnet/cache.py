@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import load_about, load_tensors, remove_unfinished, save_tensors
+from common.checkpoint import load_about, load_tensors, save_tensors
 from common.cli import UserError, progress
 from common.data import Batch, shuffled_indices, stratified_timesteps, to_unit_range
+from common.output import remove_unfinished
 from common.schedule import NoiseSchedule
 from latent_diffusion.base import Base
 from latent_diffusion.pairs import Pair, locate, read_hints

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import pandas as pd
 
-from common.cli import Parser, add_json_argument, check_json, progress, run, write_json
+from common.cli import Parser, progress, run
 from common.data import read_image
+from common.output import add_json_argument, check_json, write_json
 from latent_diffusion import miniature
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, colour_named, rgb_to_lab

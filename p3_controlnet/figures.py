@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from common.cli import Parser, UserError, run, say
-from common.images import add_captions, grid, save_png, stage_folder
+from common.images import add_captions, grid, save_png
+from common.output import stage_folder
 from latent_diffusion.miniature import BASE
 from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet.fill50k import REPORT_HINT

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from PIL import Image
 
 from common.cli import Parser, check, progress, run, say
-from common.images import stage_folder
+from common.output import stage_folder
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_hint, draw_target, random_scenes
 
 SMALLEST = 32  # pixels

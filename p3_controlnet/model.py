@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from common.checkpoint import load_model_file, load_strictly, load_tensors, save_tensors, to_half, write_atomically
+from common.checkpoint import load_model_file, load_strictly, load_tensors, save_tensors, to_half
 from common.cli import UserError
 from common.layers import zero_init
+from common.output import write_atomically
 from latent_diffusion.base import Base
 from latent_diffusion.files import controlnet_sizes, find_controlnet, open_weights
 

@@ -12,7 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import Parser, UserError, options_from, run, say
-from common.images import stage_folder, to_pil
+from common.images import to_pil
+from common.output import stage_folder
 from latent_diffusion.drawing import add_drawing_flags, load_chosen_base
 from latent_diffusion.miniature import BASE
 from latent_diffusion.pairs import read_hints, read_pairs, readable_pairs

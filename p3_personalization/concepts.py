@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from common.cli import Parser, check, run, say
-from common.images import save_png, stage_folder
+from common.images import save_png
+from common.output import stage_folder
 from common.runtime import seeded_generator
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature import CLIP

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from torch import Tensor
 
-from common.cli import Parser, UserError, add_json_argument, check, check_json, run, write_json
+from common.cli import Parser, UserError, check, run
 from common.data import read_image
+from common.output import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature import CLIP

@@ -23,7 +23,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.cli import Parser, UserError, check, run, say
-from common.images import add_captions, grid, save_png, stage_folder
+from common.images import add_captions, grid, save_png
+from common.output import stage_folder
 from latent_diffusion.base import Base
 from latent_diffusion.drawing import PromptOptions, add_drawing_flags, draw_prompts
 from latent_diffusion.miniature import BASE

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from common.cli import Parser, UserError, check, options_from, run, say
-from common.images import clear_way, stage_folder, to_pil
+from common.images import to_pil
+from common.output import clear_way, stage_folder
 from latent_diffusion.base import Base
 from latent_diffusion.drawing import Item, PromptOptions, PromptSampler, add_drawing_flags, load_chosen_base
 from latent_diffusion.miniature import BASE

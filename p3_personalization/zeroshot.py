@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.cli import Parser, UserError, add_json_argument, check, check_json, run, write_json
+from common.cli import Parser, UserError, check, run
 from common.data import read_image
-from common.images import check_output_folder, stage_folder
+from common.output import add_json_argument, check_json, check_output_folder, stage_folder, write_json
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature import CLIP

@@ -31,10 +31,10 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
 from torch import Tensor
 
-from common.checkpoint import write_atomically
 from common.cli import Parser, UserError, check, progress, run, say
 from common.data import read_image
-from common.images import add_captions, check_output_folder, grid, save_png
+from common.images import add_captions, grid, save_png
+from common.output import check_output_folder, write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"

@@ -7,17 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common.checkpoint import (
-    load_about,
-    load_model_file,
-    load_strictly,
-    load_tensors,
-    remove_unfinished,
-    save_tensors,
-    to_half,
-    write_atomically,
-)
+from common.checkpoint import load_about, load_model_file, load_strictly, load_tensors, save_tensors, to_half
 from common.cli import UserError
+from common.output import remove_unfinished, write_atomically
 
 ABOUT = {"kind": "Toy", "config": {"widths": [4, 8], "name": "é"}, "step": 3, "rate": 1e-4}
 

@@ -7,7 +7,8 @@ from PIL import Image
 from torchvision.utils import save_image
 
 from common.cli import UserError
-from common.images import add_captions, check_output_folder, grid, save_gif, save_png, stage_folder, to_uint8
+from common.images import add_captions, grid, save_gif, save_png, to_uint8
+from common.output import check_output_folder, stage_folder
 
 
 def test_rounding_is_save_images(tmp_path):
