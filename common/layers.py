@@ -2,7 +2,8 @@
 
 import math
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -15,3 +16,21 @@ def zero_init(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all positions, added to its input (Vaswani et al. 2017, section 3.2)."""
+
+    def __init__(self, channels: int, heads: int = 1):
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        # (n, 3c, h, w) -> three of (n, heads, positions, c / heads)
+        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, c // self.heads)).transpose(3, 4)
+        attended = F.scaled_dot_product_attention(*qkv.unbind(1))
+        return x + self.out(attended.transpose(2, 3).reshape(n, c, h, w))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.layers import group_norm, zero_init
+from common.layers import Attention, group_norm, zero_init
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class ContextUNetConfig:
         return self.patch_size * 2 ** (len(self.widths) - 1)
 
 
-def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Sinusoids of timesteps (N,): float32 (N, width), sines, then cosines; `width` is even.
 
     Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
     """
     half = width // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -89,24 +89,6 @@ class ResidualBlock(nn.Module):
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
         return self.skip(x) + self.conv2(self.dropout(h))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over all positions, added to its input (Vaswani et al. 2017, section 3.2)."""
-
-    def __init__(self, channels: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero_init(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        # (n, 3c, h, w) -> three of (n, heads, positions, c / heads)
-        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, c // self.heads)).transpose(3, 4)
-        attended = F.scaled_dot_product_attention(*qkv.unbind(1))
-        return x + self.out(attended.transpose(2, 3).reshape(n, c, h, w))
 
 
 class Stage(nn.Module):
@@ -175,8 +157,7 @@ class ContextUNet(nn.Module):
             t: timesteps (N,), indices into `alphas_cumprod`.
             labels: class ids (N,), 0..num_labels-1, or `null_label` for no condition.
         """
-        embedding = self.time(timestep_embedding(t, self.config.widths[0])) + self.context(labels)
-        embedding = F.silu(embedding)
+        embedding = F.silu(self.time(timestep_embedding(t, self.config.widths[0])) + self.context(labels))
 
         h = self.stem(F.pixel_unshuffle(xt, self.config.patch_size))
         skips = []

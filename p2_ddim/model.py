@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_about, load_model_file, load_pt, load_strictly, load_tensors
 from common.cli import UserError
-from common.layers import group_norm, zero_init
+from common.layers import Attention, group_norm, zero_init
 from common.schedule import NoiseSchedule
 
 
@@ -109,22 +109,6 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x), in_place))
         h = h + self.time(embedding)[:, :, None, None]
         return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h), in_place)))
-
-
-class Attention(nn.Module):
-    """Self-attention with one head over all grid positions, as a residual."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero_init(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # (n, 3c, h, w) -> q, k and v, each (n, 1 head, positions, c); softmax(q k / sqrt(c)) is the default scale.
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=3)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(attended[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Block(nn.Module):
