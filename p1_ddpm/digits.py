@@ -75,7 +75,6 @@ def read_digits(root: Path, size: int = 28) -> dict[str, LabelledImages]:
     Raises:
         UserError: neither domain is there (one may be absent), or a file is bad.
     """
-    root = Path(root)
     found = [domain for domain in DOMAINS if (root / domain / "train.csv").exists()]
     if not found:
         raise UserError(

@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -26,7 +27,7 @@ from common.output import add_json_argument, check_json, write_json
 from common.runtime import seeded_generator
 from p1_ddpm.digits import DOMAINS, LAYOUTS, read_real, wanted_digits
 from p1_ddpm.judge import IMAGE_SIZE, WEIGHTS, Judge, LeNet, apply_in_batches, find_correct, load_classifier, load_judge
-from p1_ddpm.sample import DigitOptions, DigitSampler, add_sampling_arguments
+from p1_ddpm.sample import DigitOptions, DigitSampler, add_sampling_arguments, load_digit_sampler
 
 NEIGHBOURS = 3  # k of precision and recall
 Sets = Mapping[str, LabelledImages]  # by domain
@@ -41,22 +42,20 @@ def read_graded(out: Path, layout: str) -> Sets:
     """
     sets = {}
     for domain, digits in LAYOUTS[layout].items():
-        folder = Path(out) / domain
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; fill it with: bash hw2_1.sh {out}")
-        files = sorted(folder.iterdir())
+        folder = out / domain
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
         if not files:
-            raise UserError(f"{folder}: holds no images; fill it with: bash hw2_1.sh {out}")
+            problem = "holds no images" if folder.is_dir() else "no such folder"
+            raise UserError(f"{folder}: {problem}; fill it with: bash hw2_1.sh {out}")
         for file in files:
-            if not (file.name[0].isascii() and file.name[0].isdecimal()):
+            first = file.name[0]
+            if first not in "0123456789":
                 raise UserError(f"{file}: a grader reads each file's digit from its first character; move it away")
-            if int(file.name[0]) not in digits:
-                raise UserError(
-                    f"{file}: layout {layout} has no {file.name[0]} in {domain}; set --layout or move it away"
-                )
-        images = torch.stack([torch.from_numpy(read_image(file, IMAGE_SIZE).copy()) for file in files])
+            if int(first) not in digits:
+                raise UserError(f"{file}: layout {layout} has no {first} in {domain}; set --layout or move it away")
+        images = torch.from_numpy(np.stack([read_image(file, IMAGE_SIZE) for file in files])).permute(0, 3, 1, 2)
         labels = torch.tensor([int(file.name[0]) for file in files])
-        sets[domain] = LabelledImages(images.permute(0, 3, 1, 2).contiguous(), labels, [file.name for file in files])
+        sets[domain] = LabelledImages(images.contiguous(), labels, [file.name for file in files])
     return sets
 
 
@@ -96,13 +95,7 @@ def compare(judge: Judge, *sets: LabelledImages) -> tuple[Figures, Figures]:
 def measure(
     sets: Sets, judges: Mapping[str, Judge], real: Mapping[str, tuple], classifier: LeNet | None = None
 ) -> tuple[Figures, Figures]:
-    """Measure one set of digits, beside real ones where there are some.
-
-    Args:
-        sets: drawn images by domain.
-        judges: by domain.
-        real: training and held-out images by domain; a domain that is not there is not compared.
-        classifier: the course's, for mnistm.
+    """Measure one set of digits, beside real (training and held-out) ones in the domains where there are some.
 
     Returns:
         The figures of each domain and `score`, the course's mean of both accuracies; and the yardsticks of each domain,
@@ -112,9 +105,7 @@ def measure(
     for domain, images in sets.items():
         judge = judges[domain]
         right = find_correct(judge, images)
-        by_digit = {
-            str(label): right[images.labels == label].mean().item() for label in range(10) if label in images.labels
-        }
+        by_digit = {str(n): right[images.labels == n].mean().item() for n in images.labels.unique().tolist()}
         found = {"images": len(images), "accuracy": right.mean().item(), "accuracy_by_digit": by_digit}
         held_out = {"images": judge.about["held_out"], "accuracy": judge.about["held_out_accuracy"]}
         figures[domain], yardsticks[domain] = found, {"held_out_images": held_out}
@@ -192,9 +183,7 @@ def main(args) -> Figures:
         settings["folder"] = str(args.out)
         drawn = [(str(args.out), read_graded(args.out, args.layout))]
     else:
-        sampler = DigitSampler(args.weights, options.device, options.precision)
-        if sampler.domains != DOMAINS:
-            raise UserError(f"{args.weights}: draws {', '.join(sampler.domains)}, not digits; name another file")
+        sampler = load_digit_sampler(args.weights, options)
         seeds = args.seeds or [options.seed]
         seeded = [replace(options, seed=seed) for seed in seeds]
         drawn = ((f"seed {one.seed}", draw_sets(sampler, args.layout, args.count, one)) for one in seeded)

@@ -6,7 +6,6 @@ python figures.py --out DIR
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -14,16 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from common.cli import Parser, UserError, options_from, run, say
+from common.cli import Parser, options_from, run, say
 from common.images import add_captions, grid, save_gif, save_png, to_uint8
 from common.output import stage_folder
 from common.sampling import Step
 from p1_ddpm.digits import DOMAINS, ROOT, Digit, read_real, wanted_digits
-from p1_ddpm.sample import DigitOptions, DigitSampler, add_sampling_arguments
+from p1_ddpm.sample import DigitOptions, DigitSampler, add_sampling_arguments, load_digit_sampler
 
 COLUMNS = 10  # noises of a digit
 ROWS_2025 = [("svhn" if label % 2 else "mnistm", label) for label in range(10)]
-SCALES = (1.0, 2.0, 3.0, 4.0, 5.0)
+SCALES = (1.0, 2.0, 4.0, 6.0, 8.0)  # 6 draws the graded digits
 FIRST = (Digit("mnistm", 0, 1), Digit("svhn", 1, 1))
 # Many small steps show the way from noise to image. They lead to much the same image as the few of the graded ones.
 PROCESS = {"sampler": "ddim", "steps": 50, "eta": 0.0}
@@ -66,28 +65,26 @@ def draw_guidance(sampler: DigitSampler, options: DigitOptions) -> Tensor:
     )
 
 
-def draw_snapshots(noise: Tensor, steps: Sequence[Step]) -> Tensor:
-    """Six moments of the walk, first and last included: for each digit xt, and beneath it the x0 predicted from it."""
+def find_moments(noise: Tensor, steps: Sequence[Step]) -> list[tuple[str, Tensor, Tensor]]:
+    """A walk from its noise to its images: the time of each moment, xt, and the x0 predicted from it."""
+    times = [*(f"t = {step.t}" for step in steps), "image"]
     xt = [noise, *(step.xt for step in steps)]
     # A step's x0 was predicted from the xt before it; from the finished image nothing is predicted any more.
     x0 = [*(step.x0 for step in steps), steps[-1].xt]
-    times = [*(f"t = {step.t}" for step in steps), "image"]
-    moments = torch.linspace(0, len(steps), SNAPSHOTS).round().long().tolist()
-    images = [states[i][digit] for digit in range(len(FIRST)) for states in (xt, x0) for i in moments]
+    return list(zip(times, xt, x0))
+
+
+def draw_snapshots(moments: Sequence[tuple[str, Tensor, Tensor]]) -> Tensor:
+    """Six moments, first and last included: for each digit xt, and beneath it the x0 predicted from it."""
+    chosen = torch.linspace(0, len(moments) - 1, SNAPSHOTS).round().long().tolist()
+    times, xt, x0 = zip(*(moments[i] for i in chosen))
+    images = [image[digit] for digit in range(len(FIRST)) for image in (*xt, *x0)]
     return add_captions(
         grid(to_uint8(torch.stack(images)), SNAPSHOTS, scale=4),
         [caption for digit in FIRST for caption in (f'first "{digit.label}": xt', "predicted x0")],
-        [times[i] for i in moments],
+        times,
         f"The reverse process ({PROCESS['sampler'].upper()}, {PROCESS['steps']} steps)",
     )
-
-
-def draw_frames(noise: Tensor, steps: Sequence[Step]) -> list[Tensor]:
-    """The walk as frames of a GIF, the first 0 beside the first 1."""
-    states = [(noise, f"t = {steps[0].t}")]
-    states += [(step.xt, f"t = {following.t}") for step, following in pairwise(steps)]
-    states.append((steps[-1].xt, "image"))
-    return [add_captions(grid(to_uint8(xt), len(FIRST), scale=5, gap=4), title=time) for xt, time in states]
 
 
 def parse_arguments(argv: list[str] | None = None):
@@ -102,21 +99,22 @@ def parse_arguments(argv: list[str] | None = None):
 def main(args) -> list[Path]:
     """Draw all figures; returns their files."""
     options = options_from(args, DigitOptions)
-    sampler = DigitSampler(args.weights, options.device, options.precision)
-    if sampler.domains != DOMAINS:
-        raise UserError(f"{args.weights}: draws {', '.join(sampler.domains)}, not the digits; name other --weights")
+    sampler = load_digit_sampler(args.weights, options)
     with stage_folder(args.out) as stage:
-        real = {}
-        for domain, (_, held_out) in read_real(args.data, sampler.about["image_size"]).items():
-            real |= {(domain, label): image for label, image in zip(held_out.labels.tolist(), held_out.images)}
+        real = {
+            (domain, label): image
+            for domain, (_, held_out) in read_real(args.data, sampler.about["image_size"]).items()
+            for label, image in zip(held_out.labels.tolist(), held_out.images)
+        }
         pictures = draw_grids(sampler, options, real)
         slowly = replace(options, **PROCESS)
-        noise, steps = sampler.noise(FIRST, slowly), list(sampler.walk(FIRST, slowly))
-        pictures["reverse_process.png"] = draw_snapshots(noise, steps)
+        moments = find_moments(sampler.noise(FIRST, slowly), list(sampler.walk(FIRST, slowly)))
+        pictures["reverse_process.png"] = draw_snapshots(moments)
         pictures["guidance.png"] = draw_guidance(sampler, options)
         for name, picture in pictures.items():
             save_png(stage / name, picture)
-        save_gif(stage / "reverse_process.gif", draw_frames(noise, steps), milliseconds=80)
+        frames = [add_captions(grid(to_uint8(xt), len(FIRST), scale=5, gap=4), title=time) for time, xt, _ in moments]
+        save_gif(stage / "reverse_process.gif", frames, milliseconds=80)
     names = [*pictures, "reverse_process.gif"]
     say(f"{len(names)} figures in {args.out}: {', '.join(names)}")
     return [args.out / name for name in names]

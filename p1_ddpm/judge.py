@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +129,9 @@ def load_classifier(path: Path) -> LeNet:
 
 
 @torch.inference_mode()
-def apply_in_batches(function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 500) -> Tensor:
+def apply_in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Call a function, a batch at a time, on uint8 images (N, 3, H, W), which it gets in [-1, 1]; joins the results."""
-    return torch.cat([function(to_unit_range(part)) for part in progress(images.split(batch_size), "judging", "part")])
+    return torch.cat([function(to_unit_range(part)) for part in progress(images.split(500), "judging", "part")])
 
 
 def find_correct(model: nn.Module, images: LabelledImages) -> Tensor:
@@ -157,26 +156,12 @@ def distort(images: Tensor, generator: torch.Generator, turn: float = 10, zoom: 
     return F.grid_sample(images, where, padding_mode="border", align_corners=False)
 
 
-def tint(images: Tensor, generator: torch.Generator, strength: float = 0.2) -> Tensor:
-    """Images whose colour channels are scaled by different factors; half of them become their negative."""
+def tint(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images whose colour channels are scaled by up to a fifth; half of them become their negative."""
     n, channels = images.shape[:2]
-    gain = 1 + strength * (torch.rand(n, channels, 1, 1, generator=generator) * 2 - 1)
+    gain = 1 + 0.2 * (torch.rand(n, channels, 1, 1, generator=generator) * 2 - 1)
     sign = torch.randint(0, 2, (n, 1, 1, 1), generator=generator) * 2 - 1
     return (images * gain * sign).clamp(-1, 1)
-
-
-def draw_batch(images: LabelledImages, batch_size: int, seed: int, step: int, generator: torch.Generator) -> Batch:
-    """The distorted images and the labels of a training step."""
-    index = shuffled_indices(len(images), seed, step * batch_size, batch_size)
-    distorted = jitter(distort(to_unit_range(images.images[index]), generator), generator, shift=2, contrast=0.3)
-    return {"images": tint(distorted, generator), "labels": images.labels[index]}
-
-
-def judge_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy, without label smoothing: that would crowd each class's features together, and precision and
-    recall are measured on those."""
-    images = batch["images"].contiguous(memory_format=torch.channels_last)
-    return F.cross_entropy(model(images).float(), batch["labels"])
 
 
 def train_judge(
@@ -195,22 +180,30 @@ def train_judge(
     usual = {"lr": 4e-3, "weight_decay": 0.05, "warmup": steps // 8, "clip": 5.0, "ema": 0.99}
     usual |= {"decay": "cosine", "decay_fraction": 0.85, "save_every": steps, "steps": steps}
     options = TrainingOptions(**usual | changed)
+
+    def make_batch(step: int, generator: torch.Generator) -> Batch:
+        index = shuffled_indices(len(train), options.seed, step * batch_size, batch_size)
+        distorted = jitter(distort(to_unit_range(train.images[index]), generator), generator, shift=2, contrast=0.3)
+        return {"images": tint(distorted, generator), "labels": train.labels[index]}
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        images = batch["images"].contiguous(memory_format=torch.channels_last)
+        # No label smoothing: it would crowd each class's features together, and recall is measured on those.
+        return F.cross_entropy(model(images).float(), batch["labels"])
+
     torch.manual_seed(options.seed)
     judge = Judge(widths=widths)
     about = judge.about | {"kind": "Judge", "domain": domain, "image_size": IMAGE_SIZE}
-    batches = partial(draw_batch, train, batch_size, options.seed)
     with tempfile.TemporaryDirectory() as states:  # its training states are not kept
         trainer = Trainer(
-            model=judge, options=options, folder=Path(states), about=about, make_batch=batches, loss_fn=judge_loss
+            model=judge, options=options, folder=Path(states), about=about, make_batch=make_batch, loss_fn=loss_fn
         )
-        averaged = trainer.run()
-    # Measured as it will be loaded: from fp16 weights.
+        averaged = trainer.run().to("cpu")
     state = to_half(averaged.state_dict())
-    loaded = Judge(**judge.about["config"]).eval()
-    load_strictly(loaded, state, domain)
-    about["held_out_accuracy"] = find_correct(loaded, held).mean().item()
+    averaged.load_state_dict(state)  # measured as it will be loaded: from fp16 weights
+    about |= {"held_out_accuracy": find_correct(averaged, held).mean().item(), "held_out": len(held)}
+    about |= {"trained_on": len(train), "epochs": epochs, "training": asdict(options)}
     path = judge_path(folder, domain)
-    about |= {"held_out": len(held), "trained_on": len(train), "epochs": epochs, "training": asdict(options)}
     save_tensors(path, state, about)
     return path
 

@@ -23,7 +23,7 @@ from common.output import clear_way, stage_folder
 from common.runtime import PRECISIONS, Processes, autocast, pick_device, pick_precision
 from common.sampling import METHODS, Denoiser, ImageNoise, Step, check_finite, draw_in_batches, reverse_process
 from common.schedule import NoiseSchedule
-from p1_ddpm.digits import LAYOUTS, Digit, joint_label, wanted_digits
+from p1_ddpm.digits import DOMAINS, LAYOUTS, Digit, joint_label, wanted_digits
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
 
 # With very few rows, matrix libraries sum in another order, which can move a pixel by one level.
@@ -55,12 +55,7 @@ class DigitOptions:
 
 
 class DigitSampler:
-    """Draws digits from a checkpoint; everything it needs to know is in the file.
-
-    Args:
-        weights: a finished model or a training state.
-        device: where to compute.
-        precision: of the network: auto, fp32, bf16 or fp16.
+    """Draws digits from a finished model or a training state; everything it needs to know is in the file.
 
     Raises:
         UserError: the weights are missing, truncated, or another model's, or there is no such device.
@@ -75,7 +70,7 @@ class DigitSampler:
         self.model.eval().to(self.device, memory_format=torch.channels_last)
         self.schedule = NoiseSchedule(**self.about["schedule"])
         self.domains: dict[str, int] = self.about["domains"]
-        self.shape = (self.model.config.image_channels, self.about["image_size"], self.about["image_size"])
+        self.shape = self.model.config.image_channels, self.about["image_size"], self.about["image_size"]
 
     def predict(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """The network's output in fp32, shaped as `xt`; a batch below `SMALLEST_BATCH` repeats itself to fill it."""
@@ -94,8 +89,7 @@ class DigitSampler:
 
     def walk(self, digits: Sequence[Digit], options: DigitOptions) -> Iterator[Step]:
         """The reverse process of the digits, all in one batch, step by step; the last step's xt holds the images."""
-        classes = [joint_label(self.domains, digit.domain, digit.label) for digit in digits]
-        labels = torch.tensor(classes, device=self.device)
+        labels = torch.tensor([joint_label(self.domains, d.domain, d.label) for d in digits], device=self.device)
         denoise = Denoiser(
             self.predict,
             self.schedule,
@@ -127,6 +121,14 @@ class DigitSampler:
         return draw_in_batches(
             digits, lambda batch: self.walk(batch, options), finish, batch_size=options.batch_size, steps=options.steps
         )
+
+
+def load_digit_sampler(weights: Path, options: DigitOptions) -> DigitSampler:
+    """The sampler of weights that must draw the course's digits, and no other images."""
+    sampler = DigitSampler(weights, options.device, options.precision)
+    if sampler.domains != DOMAINS:
+        raise UserError(f"{weights}: draws {', '.join(sampler.domains)}, not the digits; name other --weights")
+    return sampler
 
 
 def add_sampling_arguments(parser: Parser, leave_out: Sequence[str] = ()) -> None:

@@ -9,6 +9,7 @@ Run the same command again to resume a run where it stopped.
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -38,16 +39,11 @@ from p1_ddpm.digits import DATA, DOMAINS, LAYOUTS, ROOT, joint_label, keep_layou
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
 
 Sets = dict[str, LabelledImages]  # by domain
-MODEL_FLAGS = ("widths", "blocks", "schedule", "prediction", "min_snr_gamma", "label_drop")
 
 
 @dataclass(frozen=True)
 class DigitTraining:
-    """What to train, on which images; every field is a flag of the same name.
-
-    Raises:
-        UserError: a value is out of its range.
-    """
+    """What to train, on which images; every field is a flag of the same name. A bad value is a `UserError`."""
 
     out: Path = option(ROOT / "runs" / "p1", "folder of the run: states, logs, samples and weights")
     init: Path | None = option(None, "weights to start from; ignored when a run is resumed", type=Path)
@@ -71,6 +67,17 @@ class DigitTraining:
     def __post_init__(self):
         check("label_drop", self.label_drop, 0 <= self.label_drop <= 1, "between 0 and 1")
         check("min_snr_gamma", self.min_snr_gamma, self.min_snr_gamma >= 0, "at least 0")
+
+    def network(self, num_labels: int) -> ContextUNetConfig:
+        """The network; raises a `UserError` if its sizes do not fit one another or the images."""
+        attention = [False] * len(self.widths)
+        try:
+            config = ContextUNetConfig(num_labels, widths=self.widths, blocks=self.blocks, attention=attention)
+        except ValueError as error:
+            raise UserError(f"--widths, --blocks: {error}") from None
+        fits = self.image_size >= config.stride and self.image_size % config.stride == 0
+        check("image_size", self.image_size, fits, f"divisible by {config.stride}")
+        return config
 
 
 @dataclass
@@ -154,28 +161,6 @@ def domain_weights(arguments: Sequence[str], domains: Sequence[str]) -> dict[str
     return weights
 
 
-def model_config(config: DigitTraining, num_labels: int) -> ContextUNetConfig:
-    """The network's sizes, once they are known to fit one another and the images."""
-    attention = [False] * len(config.widths)
-    try:
-        sizes = ContextUNetConfig(num_labels, widths=config.widths, blocks=config.blocks, attention=attention)
-    except ValueError as error:
-        raise UserError(f"--widths, --blocks: {error}") from None
-    size, stride = config.image_size, sizes.stride
-    check("image_size", size, size >= stride and size % stride == 0, f"divisible by {stride}")
-    return sizes
-
-
-def draw_samples(model: ContextUNet, labels: Sequence[int], size: int, schedule: NoiseSchedule, prediction: str):
-    """Draw an image of each label, always from the same noise, to watch a model learn: uint8 (N, 3, size, size)."""
-    labels = torch.tensor(labels, device=next(model.parameters()).device)
-    condition, null = {"labels": labels}, {"labels": torch.full_like(labels, model.null_label)}
-    noise = ImageNoise([(0, k) for k in range(len(labels))])
-    xt = noise.draw((model.config.image_channels, size, size), labels.device)
-    denoise = Denoiser(model, schedule, prediction, condition, null, guidance_scale=2.0)
-    return to_uint8(draw(denoise, schedule, xt, schedule.timesteps(10), "dpm-solver++"))
-
-
 def train(
     config: DigitTraining,
     options: TrainingOptions,
@@ -184,17 +169,13 @@ def train(
 ) -> Path:
     """Train a network, or resume its run; returns its EMA weights, `config.out/model.safetensors`.
 
-    Args:
-        config: what to train, on which images.
-        options: how to train.
-        make_model: from sizes to the network.
-        save: from a path to what writes the EMA weights there; see `Trainer.finish`.
+    `save` makes, from that path, what `Trainer.finish` writes the EMA weights with.
 
     Raises:
         UserError: bad arguments or data, a loss that is not finite, or a full disk.
     """
     train_sets, held_out, domains = read_sets(config)
-    sizes = model_config(config, sum(domains.values()))
+    network = config.network(sum(domains.values()))
     weights = domain_weights(config.weights, list(train_sets))
     augment = config.augment if config.augment is not None else [name for name in train_sets if name == "svhn"]
     if unknown := [name for name in augment if name not in train_sets]:
@@ -204,27 +185,24 @@ def train(
         train_sets, domains, schedule, options.batch_size, config.label_drop, augment, options.seed, weights
     )
     validation_batch = DigitBatches(held_out, domains, schedule, 256)(0, seeded_generator(0, 3))
+    loss_fn = partial(diffusion_loss, schedule=schedule, prediction=config.prediction, gamma=config.min_snr_gamma)
     shown = [joint_label(domains, name, digit) for name in train_sets for digit in range(min(10, domains[name]))]
 
-    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-        return diffusion_loss(model, batch, schedule, config.prediction, config.min_snr_gamma)
-
     def sample(averaged: nn.Module) -> Tensor:
-        images = draw_samples(averaged, shown, config.image_size, schedule, config.prediction)
-        return grid(images, len(shown) // len(train_sets), scale=2)
+        labels = torch.tensor(shown, device=next(averaged.parameters()).device)
+        null = torch.full_like(labels, network.num_labels)
+        fixed_noise = ImageNoise([(0, k) for k in range(len(shown))])
+        xt = fixed_noise.draw((network.image_channels, config.image_size, config.image_size), labels.device)
+        denoise = Denoiser(averaged, schedule, config.prediction, {"labels": labels}, {"labels": null}, 2.0)
+        drawn = draw(denoise, schedule, xt, schedule.timesteps(10), "dpm-solver++")
+        return grid(to_uint8(drawn), len(shown) // len(train_sets), scale=2)
 
-    about = {
-        "kind": "ContextUNet",
-        "config": asdict(sizes),
-        "schedule": asdict(schedule),
-        "prediction": config.prediction,
-        "domains": domains,
-        "image_size": config.image_size,
-    }
+    about = {"kind": "ContextUNet", "config": asdict(network), "schedule": asdict(schedule)}
+    about |= {"prediction": config.prediction, "domains": domains, "image_size": config.image_size}
     notes = {"augment": augment, "weights": weights, "init": str(config.init) if config.init else None}
-    notes |= {name: getattr(config, name) for name in ("layout", "label_drop", "min_snr_gamma")}
+    notes |= {"layout": config.layout, "label_drop": config.label_drop, "min_snr_gamma": config.min_snr_gamma}
     torch.manual_seed(options.seed)
-    model = make_model(sizes)
+    model = make_model(network)
     if config.init:
         start_from(model, config.init, about)
     trainer = Trainer(
@@ -245,17 +223,14 @@ def train(
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="train.py", description=__doc__)
-    others = [name for name in DigitTraining.__dataclass_fields__ if name not in MODEL_FLAGS]
-    add_options(parser.add_argument_group("run and data"), DigitTraining, leave_out=MODEL_FLAGS)
-    add_options(parser.add_argument_group("model"), DigitTraining, leave_out=others)
+    add_options(parser.add_argument_group("run, data and model"), DigitTraining)
     add_training_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(args) -> Path:
     """Train as the arguments say; returns the finished weights."""
-    options = training_options(args)
-    return train(options_from(args, DigitTraining), options)
+    return train(options_from(args, DigitTraining), training_options(args))
 
 
 if __name__ == "__main__":

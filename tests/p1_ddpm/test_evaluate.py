@@ -63,15 +63,15 @@ def test_accuracy_counts_what_the_grader_counts(graded, judges, capsys):
     assert "mean of the two accuracies: 97.50 %" in printed
 
 
-def spoil(out, what):
+def spoil(svhn, what):
     if what in ("no folder", "empty"):
-        shutil.rmtree(out / "svhn")
+        shutil.rmtree(svhn)
         if what == "empty":
-            (out / "svhn").mkdir()
+            svhn.mkdir()
     elif what == "folder":
-        (out / "svhn" / "7_more").mkdir()
+        (svhn / "7_more").mkdir()
     else:
-        (out / "svhn" / what).write_text("no picture")
+        (svhn / what).write_text("no picture")
 
 
 @pytest.mark.usefixtures("no_data")
@@ -89,7 +89,7 @@ def spoil(out, what):
     ],
 )
 def test_what_would_break_the_grader_is_an_error(graded, judges, what, line):
-    spoil(graded, what)
+    spoil(graded / "svhn", what)
     with pytest.raises(UserError, match=line) as caught:
         judge_folder(graded, judges)
     assert "\n" not in str(caught.value)
@@ -98,12 +98,8 @@ def test_what_would_break_the_grader_is_an_error(graded, judges, what, line):
 def test_other_bad_input(graded, judges, tmp_path):
     with pytest.raises(UserError, match=r"judge_mnistm.safetensors: no such weights file"):
         judge_folder(graded, tmp_path)
-    with pytest.raises(UserError, match=r"elsewhere: holds neither mnistm/train.csv nor svhn/train.csv"):
-        judge_folder(graded, judges, "--data", tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"--seeds: .* is already drawn"):
         judge_folder(graded, judges, "--seeds", 1)
-    with pytest.raises(UserError, match=r"Classifier.pth: no such file"):
-        judge_folder(graded, judges, "--classifier", tmp_path / "Classifier.pth")
 
 
 def numbered(labels):
@@ -139,18 +135,6 @@ def test_distances_are_those_of_the_features_of_equal_counts(judges, stripes):
         assert found["frechet"] == pytest.approx(frechet_distance(features, real), rel=1e-4)
         assert found["kernel"] == pytest.approx(kernel_distance(features, real), abs=1e-5)
         assert (found["precision"], found["recall"]) == precision_recall(real, features, 3)
-
-
-def test_copies_of_the_held_out_images_are_perfect_and_noise_is_not(judges, stripes):
-    judge = load_judge(judges, "svhn")
-    train, held = stripes.split()
-    copied, yardstick = evaluate.compare(judge, held, train, held)
-    assert copied["frechet"] < 1e-6 < yardstick["frechet"]
-    assert copied["precision"] == copied["recall"] == 1
-    noise = torch.randint(0, 256, held.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    noisy, yardstick = evaluate.compare(judge, LabelledImages(noise, held.labels, held.names), train, held)
-    assert noisy["frechet"] > 5 * yardstick["frechet"]
-    assert noisy["recall"] < 0.2 < yardstick["recall"]
 
 
 def test_digits_that_are_not_held_out_are_not_compared(judges, stripes):
