@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.ablation_tables import Ablation, Rows, Settings
 from common.cli import UserError
-from common.data import read_image
+from common.data import read_image, stack_images
 from common.runtime import pick_device
 from p2_ddim.interpolate import METHODS
 from p2_ddim.model import load_face_unet
@@ -76,7 +76,7 @@ def measure_conventions(settings: Settings) -> Rows:
     """The ground truth's conventions, left out one at a time."""
     sampler, noises = load_faces(settings)
     paths = [settings["truth"] / f"{noise.name}.png" for noise in noises]
-    truth = torch.stack([torch.from_numpy(read_image(path, size=None).copy()) for path in paths]).permute(0, 3, 1, 2)
+    truth = stack_images([read_image(path, size=None) for path in paths])
     rows = []
     for variant, left_out in CONVENTIONS.items():
         drawn = sampler.pictures(noises, DDIMOptions(steps=settings["steps"], **left_out))

@@ -50,21 +50,13 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def load_about(path: Path) -> dict[str, Any]:
-    """The facts saved with the tensors of a safetensors file; empty for another program's file.
-
-    Raises:
-        UserError: the file is missing, truncated, or no safetensors file.
-    """
+    """The facts saved with the tensors of a safetensors file; empty for another program's file."""
     with open_safetensors(Path(path)) as file:
         return json.loads((file.metadata() or {}).get("about", "{}"))
 
 
 def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a safetensors file: its tensors (only those under `prefix`, which is cut off) and the facts saved with them.
-
-    Raises:
-        UserError: the file is missing, truncated, or no safetensors file.
-    """
+    """A safetensors file's tensors, only those under `prefix`, which is cut off, and the facts saved with them."""
     about = load_about(path)
     with open_safetensors(Path(path)) as file:
         names = [name for name in file.keys() if name.startswith(prefix)]
@@ -74,12 +66,10 @@ def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[
 def load_model_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights for sampling and the facts to rebuild their model: a finished model, or the EMA part of a training state.
 
-    Args:
-        path: safetensors file written by `save_tensors`, with at least `kind` and `config` among its facts.
-        kind: the class name that the file must carry.
+    `kind` is the class name that the file must carry among its facts.
 
     Raises:
-        UserError: as `load_tensors`, or the file belongs to another model.
+        UserError: as `open_safetensors`, or the file belongs to another model.
     """
     found = (about := load_about(path)).get("kind", "weights without a config")
     if found != kind:
@@ -94,9 +84,6 @@ class Leftover:
     def __new__(cls, *_):
         return super().__new__(cls)
 
-    def __init__(self, *_):
-        pass
-
     def __setstate__(self, _):
         pass
 
@@ -105,11 +92,8 @@ def load_pt(path: Path, leftovers: Sequence[str] = ()) -> Any:
     """What another program saved with `torch.save`: tensors, and plain containers of them, on the CPU.
 
     Only tensors and plain Python values are read: a pickle that asks for anything else is refused, and none of its code
-    runs. Weights in the zip format stay on disk until they are used.
-
-    Args:
-        path: of the file.
-        leftovers: full names of classes and functions that the pickle may ask for; it gets a `Leftover` instead.
+    runs. Where it asks for one of the `leftovers`, full names of classes and functions, it gets a `Leftover` instead.
+    Weights in the zip format stay on disk until they are used.
 
     Raises:
         UserError: the file is missing, truncated, no such file at all, or asks for more than tensors.

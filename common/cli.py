@@ -65,27 +65,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def option(default: Any, help: str, **flag: Any) -> Any:
-    """A dataclass field that is also a flag.
-
-    Args:
-        default: the field's default.
-        help: the flag's help.
-        flag: further arguments of `add_argument`, such as choices, nargs, metavar, or type where the field's own type
-            does not parse text.
+    """A dataclass field that is also a flag; `flag` goes to `add_argument`: choices, nargs, metavar, or type where the
+    field's own type does not parse text.
     """
     return field(default=default, metadata={"help": help} | flag)
 
 
 def add_options(parser: Any, options: type, leave_out: Sequence[str] = (), **defaults: Any) -> None:
-    """Add a flag for every `option` field of a dataclass.
+    """Add a flag for every `option` field of a dataclass to a parser or group; `defaults` are other than its own.
 
     A bool becomes `--name` and `--no-name`, or only `--name` with `action="store_true"` in its `option`.
-
-    Args:
-        parser: a parser or an argument group.
-        options: the dataclass.
-        leave_out: fields that get no flag.
-        defaults: defaults that differ from the dataclass's.
     """
     for item in fields(options):
         if "help" not in item.metadata or item.name in leave_out:
@@ -159,22 +148,19 @@ class Progress:
     A phase inside another has a bar that disappears at its end, and no line.
 
     Args:
-        total: units of work in all.
-        name: of the phase.
-        unit: one of them, such as "step".
-        done: how many are done already.
+        total: units of work in all, each a `unit`, such as "step".
+        done: how many are done already; `n` counts on from there.
 
     Attributes:
-        n: units done so far.
+        bar: tqdm's; disabled where none is shown.
     """
 
     def __init__(self, total: int, name: str, unit: str, done: int = 0):
         self.total, self.name, self.unit, self.done = total, name, unit, done
         self.n, self.started = done, perf_counter()
-        self.bar = None
-        if speaks() and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, desc=name, unit=unit, leave=None, delay=LONG, dynamic_ncols=True)
-        self.told = not speaks() or self.bar is not None
+        shown = {"leave": None, "delay": LONG, "dynamic_ncols": True, "disable": not (speaks() and sys.stderr.isatty())}
+        self.bar = tqdm(total=total, initial=done, desc=name, unit=unit, **shown)
+        self.told = not (speaks() and self.bar.disable)
 
     def __enter__(self) -> Self:
         _phases.append(self)
@@ -182,20 +168,13 @@ class Progress:
 
     def __exit__(self, *_) -> None:
         _phases.remove(self)
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
     def update(self, n: int = 1) -> None:
         """Count n more units as done; a negative n takes some back."""
         self.n += n
-        if self.bar is not None:
-            self.bar.update(n)
+        self.bar.update(n)
         _phases[0].tell()
-
-    def note(self, **numbers: str) -> None:
-        """Show numbers beside the bar, if there is one."""
-        if self.bar is not None:
-            self.bar.set_postfix(**numbers)
 
     def tell(self) -> None:
         """Print the line, once."""

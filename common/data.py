@@ -47,9 +47,9 @@ class LabelledImages:
             index = index.nonzero()[:, 0]
         return LabelledImages(self.images[index], self.labels[index], [self.names[i] for i in index.tolist()])
 
-    def split(self, every: int = HELD_OUT_EVERY) -> tuple["LabelledImages", "LabelledImages"]:
+    def split(self) -> tuple["LabelledImages", "LabelledImages"]:
         """Training images and, every tenth one by position, held-out images; no class or file name matters."""
-        held = torch.arange(len(self)) % every == every - 1
+        held = torch.arange(len(self)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         return self.take(~held), self.take(held)
 
 
@@ -78,11 +78,15 @@ def read_image(path: Path, size: int | None, mention: str = "", crop: bool = Fal
         raise UserError(f"{mention}{path}: not a readable image ({error}); replace the file") from None
 
 
+def stack_images(images: list[np.ndarray]) -> Tensor:
+    """Decoded images (H, W, 3) as one tensor (N, 3, H, W)."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
 def read_csv_images(table: Path, size: int | None = None, classes: int = 10_000) -> LabelledImages:
     """Images listed in a CSV with the columns `image_name,label`; the files lie in `data/` beside it, or beside it.
 
     Args:
-        table: the CSV file.
         size: side to resize to; None keeps the size of the first image (all must share it).
         classes: labels must lie in 0..classes-1.
 
@@ -116,21 +120,17 @@ def read_csv_images(table: Path, size: int | None = None, classes: int = 10_000)
             raise UserError(f"{mention}label {label!r}: labels are 0 to {classes - 1}; correct the row")
         pixels = read_image(folder / name, size, mention)
         if images and pixels.shape != images[0].shape:
-            raise UserError(
-                f"{mention}{name} is {pixels.shape[1]}x{pixels.shape[0]}, the first image is not; set a size"
-            )
+            height, width, _ = pixels.shape
+            raise UserError(f"{mention}{name} is {width}x{height}, the first image is not; set a size")
         images.append(pixels)
         labels.append(int(label))
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return LabelledImages(stacked, torch.tensor(labels), list(rows["image_name"]))
+    return LabelledImages(stack_images(images), torch.tensor(labels), list(rows["image_name"]))
 
 
 def read_folder_images(folder: Path, size: int) -> LabelledImages:
     """All images in a folder and the folders below it, in the order of their paths; every label is 0.
 
-    Args:
-        folder: holds .jpg, .jpeg, .png, .webp or .bmp files; hidden files are left out.
-        size: side to cut and resize to.
+    Files of other kinds than `IMAGE_SUFFIXES` and hidden ones are left out; images are cut and resized to a square.
 
     Raises:
         UserError: no such folder, no images in it, or a broken one.
@@ -143,16 +143,11 @@ def read_folder_images(folder: Path, size: int) -> LabelledImages:
     if not names:
         raise UserError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}); name another folder")
     with ThreadPoolExecutor() as pool, Progress(len(names), f"reading {folder}", "image") as phase:
-
-        def read(name: str) -> np.ndarray:
-            return read_image(folder / name, size, crop=True)
-
         images = []
-        for image in pool.map(read, names):  # decoders let go of Python's lock
-            images.append(image)
+        for image in pool.map(lambda name: read_image(folder / name, size, crop=True), names):
+            images.append(image)  # decoders let go of Python's lock
             phase.update()
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return LabelledImages(stacked, torch.zeros(len(names), dtype=torch.int64), names)
+    return LabelledImages(stack_images(images), torch.zeros(len(names), dtype=torch.int64), names)
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -190,12 +185,9 @@ def stratified_timesteps(count: int, T: int, generator: torch.Generator) -> Tens
 
 
 def jitter(images: Tensor, generator: torch.Generator, shift: int = 2, contrast: float = 0.2) -> Tensor:
-    """Images moved by up to `shift` pixels (edges repeated), with contrast and brightness varied; never mirrored.
+    """Images, float (N, C, H, W) in [-1, 1], moved by up to `shift` pixels (edges repeated); never mirrored.
 
-    Args:
-        images: float (N, C, H, W) in [-1, 1].
-        shift: largest move in either direction, pixels.
-        contrast: largest relative change of contrast and half the largest change of brightness.
+    Contrast is varied by up to the share `contrast`, brightness by half of that.
     """
     n, _, height, width = images.shape
     padded = F.pad(images, [shift] * 4, mode="replicate")
@@ -214,7 +206,7 @@ class DrawnAhead:
 
     Args:
         draw: from a step to its batch, on the CPU; it must depend on nothing but the step.
-        steps: how many there are; after the last one nothing is drawn ahead.
+        steps: after the last one nothing is drawn ahead.
     """
 
     def __init__(self, draw: Callable[[int], Batch], steps: int):

@@ -49,16 +49,9 @@ def save_gif(path: Path, frames: Sequence[Tensor], milliseconds: int = 100, hold
 
 
 def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:
-    """Images in rows of `columns`, each pixel repeated `scale` times, white between them.
+    """uint8 images (N, 3, H, W) in rows of `columns`, each pixel repeated `scale` times: uint8 (3, height, width).
 
-    Args:
-        images: uint8 (N, 3, H, W), row by row.
-        columns: images a row.
-        scale: whole enlargement factor.
-        gap: white pixels around each image, after enlargement.
-
-    Returns:
-        uint8 (3, height, width).
+    `gap` is how many white pixels are around each image, after enlargement.
     """
     from torchvision.utils import make_grid  # here, because the graded runs need no torchvision and start faster
 
@@ -67,13 +60,9 @@ def grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:
 
 
 def add_captions(picture: Tensor, rows: Sequence[str] = (), columns: Sequence[str] = (), title: str = "") -> Tensor:
-    """A picture with a title above, and captions spread evenly along its top and its left.
+    """A picture, uint8 (3, H, W), with a title above, and captions spread evenly along its top and its left.
 
-    Args:
-        picture: uint8 (3, H, W).
-        rows: captions on the left, one for each of len(rows) equal parts of the height.
-        columns: captions above, one for each of len(columns) equal parts of the width.
-        title: one line over everything.
+    Each of the `rows` stands beside an equal part of the height, each of the `columns` above one of the width.
     """
     font = ImageFont.load_default(14)
     inner = to_pil(picture)

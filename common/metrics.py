@@ -1,24 +1,21 @@
-"""How far drawn images lie from real ones: numbers computed from two feature matrices, one row an image.
+"""How far drawn images lie from real ones, by the features of both: matrices (N, D) and (M, D), one row an image.
 
 All of them depend on how many images are compared, the Frechet distance and recall most. Compare figures only at equal
 counts, and read them beside a yardstick: the same numbers for two sets of real images.
 """
 
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from common.cli import UserError
 
+AT_ONCE = 500
+
 
 def matrices(first: Tensor, second: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """Both feature matrices as float64, once they are known to be comparable.
-
-    Raises:
-        UserError: fewer than `least` images in one of them.
-        ValueError: they are not matrices of the same width.
-    """
+    """Both feature matrices as float64, once they are known to be comparable: of one width, and `least` rows."""
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
         raise ValueError(f"features {tuple(first.shape)} and {tuple(second.shape)}: both must be (images, features)")
     if min(len(first), len(second)) < least:
@@ -30,10 +27,6 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Frechet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, equation 6).
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), with the covariances C over n - 1.
-
-    Args:
-        first: (N, D) features.
-        second: (M, D) features.
 
     Raises:
         UserError: fewer than two images in a set.
@@ -54,10 +47,6 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
 
     Unbiased: its expectation does not depend on the number of images, and it may be slightly negative.
 
-    Args:
-        first: (N, D) features.
-        second: (M, D) features.
-
     Raises:
         UserError: fewer than two images in a set.
     """
@@ -73,43 +62,28 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
     return (within(first) + within(second) - 2 * kernel(first, second).mean()).item()
 
 
-def distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean distances (N, M), exact to rounding: the usual shortcut over x.y loses small ones."""
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+def precision_recall(real: Tensor, drawn: Tensor, k: int) -> tuple[float, float]:
+    """How many drawn images look real, and how much of the real images' variety was drawn; both 0 to 1.
 
-
-class PrecisionRecall(NamedTuple):
-    """How many drawn images look real, and how much of the real images' variety was drawn; both 0 to 1."""
-
-    precision: float
-    recall: float
-
-
-def precision_recall(real: Tensor, drawn: Tensor, k: int = 3) -> PrecisionRecall:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2).
-
-    A set's manifold is the union of balls around its points, each reaching to the point's k-th neighbour in the set.
-    Precision is the share of drawn points inside the real manifold, recall that of real points inside the drawn one.
-
-    Args:
-        real: (N, D) features.
-        drawn: (M, D) features.
-        k: which neighbour sets a ball's radius.
+    Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2): a set's manifold is the union of balls
+    around its points, each reaching to the point's k-th neighbour in the set. Precision is the share of drawn points
+    inside the real manifold, recall that of real points inside the drawn one.
 
     Raises:
         UserError: a set has no more than k images.
     """
     real, drawn = matrices(real, drawn, k + 1)
+    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # the shortcut loses small ones
     # The smallest distance of every row is the point's own zero, so the k-th neighbour is at k + 1.
     real_radii, drawn_radii = (distances(x, x).kthvalue(k + 1, dim=1).values for x in (real, drawn))
     between = distances(drawn, real)
     precision = (between <= real_radii).any(dim=1).double().mean()
     recall = (between.T <= drawn_radii).any(dim=1).double().mean()
-    return PrecisionRecall(precision.item(), recall.item())
+    return precision.item(), recall.item()
 
 
-def all_distances(real: Tensor, drawn: Tensor, k: int = 3) -> dict[str, float]:
-    """Everything above for drawn (M, D) against real (N, D) features: frechet, kernel, precision and recall."""
+def all_distances(real: Tensor, drawn: Tensor, k: int) -> dict[str, float]:
+    """Everything above: frechet, kernel, precision and recall."""
     precision, recall = precision_recall(real, drawn, k)
     return {
         "frechet": frechet_distance(drawn, real),
@@ -119,17 +93,13 @@ def all_distances(real: Tensor, drawn: Tensor, k: int = 3) -> dict[str, float]:
     }
 
 
-def nearest(queries: Tensor, references: Tensor, chunk: int = 500) -> tuple[Tensor, Tensor]:
-    """The nearest reference of every query, by Euclidean distance.
-
-    Args:
-        queries: (N, D) features, or images flattened.
-        references: (M, D), of the same dtype.
-        chunk: queries compared at a time; bounds the memory to chunk x M numbers.
+def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest reference (M, D) of every query (N, D), by Euclidean distance; both of one dtype.
 
     Returns:
         Distances (N,) and positions among the references (N,).
     """
-    # The fast shortcut ranks well enough; the distance to the winner is then computed exactly.
-    index = torch.cat([torch.cdist(part, references).argmin(dim=1) for part in queries.split(chunk)])
+    # Some queries at a time, for the memory. The fast shortcut ranks well enough; the distance to the winner is then
+    # computed exactly.
+    index = torch.cat([torch.cdist(part, references).argmin(dim=1) for part in queries.split(AT_ONCE)])
     return (queries - references[index]).norm(dim=1), index

@@ -14,8 +14,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 def pick_device(name: str = "auto") -> torch.device:
     """The named device, or the first CUDA GPU, else the CPU.
 
-    Each process that `accelerate launch` starts has a GPU of its own. On a GPU this also turns TF32 off, so that fp32
-    means fp32.
+    Each process that `accelerate launch` starts has a GPU of its own. On a GPU, TF32 is turned off: fp32 means fp32.
 
     Raises:
         UserError: the name is not a device of this machine.
@@ -35,18 +34,14 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware (AVX-512 BF16 or AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def pick_precision(name: str, device: torch.device) -> str:
-    """Resolve "auto": fp32 on a GPU; on a CPU bf16 where the processor has it, else fp32."""
+    """Resolve "auto": fp32 on a GPU; on a CPU bf16 where the processor multiplies it in hardware, else fp32."""
     if name not in PRECISIONS:
         raise UserError(f"--precision {name}: choose from {', '.join(PRECISIONS)}")
     if name != "auto":
         return name
-    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+    cpu_has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and cpu_has_bf16 else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

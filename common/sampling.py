@@ -26,12 +26,9 @@ Item = TypeVar("Item")
 
 
 class ImageNoise:
-    """Standard normal noise in which every image draws from a generator of its own.
+    """Standard normal noise in which every image draws from a generator of its own, keyed by, say, (seed, index).
 
     So an image's pixels depend on its key alone: not on the batch size, the order, or the number of processes.
-
-    Args:
-        keys: one key of whole numbers an image, such as (seed, index).
     """
 
     def __init__(self, keys: Sequence[tuple[int, ...]]):
@@ -54,7 +51,7 @@ class Denoiser:
 
     Args:
         network: called as network(xt, t, **condition), with t an int64 tensor (N,).
-        schedule: the schedule that the network was trained with.
+        schedule: that the network was trained with.
         prediction: what the network predicts: eps, x0 or v.
         condition: tensors with first dimension N, one row an image.
         null_condition: the same rows for "no condition"; needed for guidance.
@@ -101,7 +98,7 @@ class Denoiser:
 
 
 def ddim_step(
-    xt: Tensor, x0: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_next: float, eta: float, noise: Tensor | None
+    x0: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_next: float, eta: float, noise: Tensor | None
 ) -> Tensor:
     """One step of DDIM (Song et al. 2021, equations 12 and 16).
 
@@ -114,17 +111,16 @@ def ddim_step(
     With eta = 1 this is DDPM's ancestral step with the posterior variance (Ho et al. 2020, equation 7).
 
     Args:
-        xt: images at the present timestep (N, ...); only its dtype and shape matter, x0 and eps carry the rest.
-        x0: predicted clean images.
-        eps: predicted noise.
+        x0: predicted clean images (N, ...).
+        eps: predicted noise, of the same shape.
         alpha_bar: alphas_cumprod at the present timestep.
-        alpha_bar_next: alphas_cumprod at the next, less noisy one.
+        alpha_bar_next: the same at the next, less noisy one.
         eta: 0 for deterministic DDIM, 1 for DDPM.
-        noise: standard normal, shaped as xt; may be None where sigma is 0.
+        noise: standard normal, of the same shape; may be None where sigma is 0.
     """
     sigma = eta * math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
     towards_xt = math.sqrt(max(0.0, 1 - alpha_bar_next - sigma**2))
-    following = math.sqrt(alpha_bar_next) * x0.to(xt.dtype) + towards_xt * eps.to(xt.dtype)
+    following = math.sqrt(alpha_bar_next) * x0 + towards_xt * eps
     return following + sigma * noise if sigma > 0 else following
 
 
@@ -168,8 +164,8 @@ def reverse_process(
     """Walk from noise to image, yielding every step; the last one's xt is the result.
 
     Args:
-        denoise: (xt, t) -> (x0, eps); see `Denoiser`.
-        schedule: the schedule that the network was trained with.
+        denoise: see `Denoiser`.
+        schedule: that the network was trained with.
         xt: starting noise (N, C, H, W), float32 or float64.
         timesteps: decreasing; see `NoiseSchedule.timesteps`.
         method: "ddpm" (ancestral sampling, Ho et al. 2020, algorithm 2), "ddim", or "dpm-solver++".
@@ -198,7 +194,7 @@ def reverse_process(
             previous_x0 = x0
         else:
             fresh = noise.draw(xt.shape[1:], xt.device, xt.dtype) if eta > 0 and following < 1 else None
-            xt = ddim_step(xt, x0, eps, now, following, eta, fresh)
+            xt = ddim_step(x0, eps, now, following, eta, fresh)
         yield Step(t, xt, x0)
 
 
@@ -212,16 +208,7 @@ class NotFinite(UserError):
 
 
 def check_finite(images: Tensor, names: Iterable[object], precision: str) -> None:
-    """Check that drawn images are images.
-
-    Args:
-        images: float (N, C, H, W).
-        names: of the images, for the complaint.
-        precision: that the network ran in: "fp32", "bf16" or "fp16".
-
-    Raises:
-        NotFinite: one has NaN or infinite values.
-    """
+    """Raise `NotFinite`, naming the first, unless all images (N, ...) are finite; `precision` is the network's."""
     finite = images.isfinite().flatten(1).all(dim=1).tolist()
     if broken := [name for name, whole in zip(names, finite) if not whole]:
         mend = "choose bf16 or fp32" if precision == "fp16" else "name other weights"
@@ -243,10 +230,8 @@ def draw_in_batches(
     is drawn again if `to_fp32` could change the networks' precision.
 
     Args:
-        items: what to draw, one an image.
         walk: from a batch of items to the steps of its reverse process.
         finish: from a batch and its last xt to the images, (N, ...); raises `NotFinite`, see `check_finite`.
-        batch_size: images at a time, at most.
         steps: of the reverse process, for the progress.
         to_fp32: turns the networks to fp32; returns False if they are in fp32 already.
 

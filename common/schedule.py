@@ -38,20 +38,13 @@ def make_betas(name: str, T: int, beta_start: float, beta_end: float) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A discrete variance-preserving schedule.
-
-    Args:
-        name: one of `SCHEDULES`.
-        T: how many timesteps.
-        beta_start: first variance (all but cosine).
-        beta_end: last variance (all but cosine).
+    """A discrete variance-preserving schedule of T timesteps; cosine has no use for the first and last beta.
 
     Attributes:
-        betas: float64 tensor (T,) on the CPU.
-        alphas_cumprod: float64 tensor (T,) on the CPU.
+        betas, alphas_cumprod: float64 tensors (T,) on the CPU.
     """
 
-    name: str = "linear"
+    name: str = "linear"  # one of `SCHEDULES`
     T: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 2e-2
@@ -70,9 +63,8 @@ class NoiseSchedule:
             a = float(self.alphas_cumprod[t])
             return math.sqrt(a), math.sqrt(1 - a)
         # The square roots are taken in float64, and cast before they move: not every device has float64.
-        shape = -1, *[1] * (like.ndim - 1)
-        signal = self.alphas_cumprod.sqrt().to(like.dtype).to(like.device)[t].reshape(shape)
-        noise = (1 - self.alphas_cumprod).sqrt().to(like.dtype).to(like.device)[t].reshape(shape)
+        roots = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        signal, noise = (root.to(like.dtype).to(like.device)[t].reshape(-1, *[1] * (like.ndim - 1)) for root in roots)
         return signal, noise
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

@@ -38,7 +38,6 @@ def diffusion_loss(
     Args:
         network: called as network(xt, t, **condition).
         batch: `x0` in [-1, 1] and `eps`, both (N, C, H, W), and timesteps `t` (N,); all else in it is the condition.
-        schedule: noises x0.
         prediction: what the network is to predict: eps, x0 or v.
         gamma: cap of the signal-to-noise ratio in the weights; 0 leaves the error unweighted.
     """
@@ -52,7 +51,7 @@ def diffusion_loss(
 
 
 def loss_of(batch: Batch, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> Callable[[nn.Module], Tensor]:
-    """A validation loss: from a model to its loss on always the same batch, wherever the model is."""
+    """A validation loss: from a model to its loss on always the same batch."""
 
     def loss(model: nn.Module) -> Tensor:
         device = next(model.parameters()).device
@@ -62,7 +61,7 @@ def loss_of(batch: Batch, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> Call
 
 
 def save_half(path: Path) -> Callable[[nn.Module, dict[str, Any]], None]:
-    """What `Trainer.finish` takes to write the EMA weights to one safetensors file in fp16."""
+    """For `Trainer.finish`: writes the EMA weights to one safetensors file in fp16."""
     return lambda averaged, facts: save_tensors(path, to_half(averaged.state_dict()), facts)
 
 
@@ -72,8 +71,7 @@ class Trainer:
     Several processes share a run when `torchrun` or `accelerate launch` starts them; all must see the same folder.
 
     Args:
-        model: the network; its parameters that require gradients are trained.
-        options: how to train.
+        model: its parameters that require gradients are trained.
         folder: where states, logs and sample grids go.
         about: facts every checkpoint carries (`kind`, `config`, `schedule`, ...), enough to rebuild the model; a
             resumed run must have the same.
@@ -83,10 +81,6 @@ class Trainer:
         sample: EMA model -> uint8 picture (3, H, W) of samples; None for no pictures.
         measure: EMA model -> further numbers to log with every validation loss; None for none.
         notes: how the run was made beyond its options; checkpoints carry both, and a resumed run may change them.
-
-    Attributes:
-        averaged: the EMA model, in eval mode; with --offload it lies in main memory.
-        step: optimizer steps taken so far.
 
     Raises:
         UserError: the options do not suit the machine, the folder cannot be written, or its states are another run's.
@@ -121,10 +115,8 @@ class Trainer:
         )
         share = options.accumulate * self.accelerator.num_processes
         if options.batch_size % share:
-            raise UserError(
-                f"--batch-size {options.batch_size}: must be divisible by {self.accelerator.num_processes} processes"
-                f" x --accumulate {options.accumulate}"
-            )
+            needed = f"{self.accelerator.num_processes} processes x --accumulate {options.accumulate}"
+            raise UserError(f"--batch-size {options.batch_size}: must be divisible by {needed}")
         self.part = options.batch_size // share
         on_cuda = self.accelerator.device.type == "cuda"
         self.batch_of = DrawnAhead(self.draw_batch, options.steps) if on_cuda else self.draw_batch
@@ -137,14 +129,16 @@ class Trainer:
 
     @property
     def step(self) -> int:
+        """Optimizer steps taken so far."""
         return self.state.step
 
     @property
     def averaged(self) -> nn.Module:
+        """The EMA model, in eval mode; with --offload it lies in main memory."""
         return self.state.averaged
 
     def draw_batch(self, step: int) -> Batch:
-        """The batch of a step, on the CPU: the same however often and in whatever order they are asked for."""
+        """The batch of a step, on the CPU: always the same."""
         # A key's second number keeps streams apart: 1 batches, 2 data order, 3 validation, 4 dropout.
         return self.make_batch(step, seeded_generator(self.options.seed, 1, step))
 
@@ -213,7 +207,7 @@ class Trainer:
                 if self.step % options.log_every == 0:
                     rate = steps * options.batch_size / seconds
                     steps, seconds = 0, 0.0
-                    phase.note(loss=f"{loss:.4f}", norm=f"{norm:.2f}")
+                    phase.bar.set_postfix(loss=f"{loss:.4f}", norm=f"{norm:.2f}")
                     lr = learning_rate(options, self.step - 1)
                     self.log.numbers(self.step, loss=loss, norm=norm, lr=lr, images_per_second=round(rate, 2))
                 if self.validate and self.due(options.validate_every):
@@ -224,7 +218,7 @@ class Trainer:
                 if self.due(options.save_every):
                     self.state.save(self.accelerator.scaler)
         if main:
-            self.log.close()
+            self.log.writer.close()
         self.accelerator.wait_for_everyone()
         return self.averaged
 
@@ -236,7 +230,7 @@ class Trainer:
         """
         averaged = self.run()
         if self.accelerator.is_main_process:
-            write(averaged, self.facts())
+            write(averaged, self.facts(self.validation_loss()))
         self.accelerator.end_training()
 
     @contextlib.contextmanager
@@ -253,10 +247,9 @@ class Trainer:
         with self.averaged_at_hand() as averaged:
             return float(self.validate(averaged))
 
-    def facts(self, validation_loss: float | None = None) -> dict[str, Any]:
-        """What the averaged weights are saved with; without a validation loss it is taken now."""
-        loss = self.validation_loss() if validation_loss is None else validation_loss
-        return self.state.about | {"step": self.step, "training": self.state.notes, "validation_loss": loss}
+    def facts(self, validation_loss: float) -> dict[str, Any]:
+        """What the averaged weights are saved with."""
+        return self.state.about | {"step": self.step, "training": self.state.notes, "validation_loss": validation_loss}
 
     def report(self, training_loss: float, phase: Progress) -> None:
         """Log how good the averaged model is, keep the best one, and print the numbers where no bar shows them."""
@@ -268,7 +261,7 @@ class Trainer:
         if loss < self.state.best:
             self.state.best = loss
             save_tensors(self.folder / "best.safetensors", self.averaged.state_dict(), self.facts(loss))
-        if phase.bar is None:
+        if phase.bar.disable:
             shown = {"loss": training_loss, "validation loss": loss} | measured
             line = ", ".join(f"{name.replace('_', ' ')} {number:.4f}" for name, number in shown.items())
             say(f"step {self.step}: {line}")

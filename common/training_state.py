@@ -18,7 +18,6 @@ from common.images import save_png
 from common.output import write_atomically
 from common.training_options import TrainingOptions
 
-METRICS = "metrics.jsonl"
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
 
 
@@ -65,12 +64,7 @@ class PagedAdamW(torch.optim.AdamW):
 class TrainingState:
     """Everything that a training run must save to go on exactly where it stopped.
 
-    Args:
-        model: on its device; its parameters that require gradients are trained.
-        options: of the run.
-        folder: where states are saved.
-        about: facts about the model that every checkpoint carries; a resumed run must have the same.
-        notes: how the run was made beyond its options; a resumed run may change them.
+    The arguments are those of `Trainer`, with the model on its device.
 
     Attributes:
         optimizer: AdamW over the trained parameters.
@@ -102,11 +96,7 @@ class TrainingState:
         return sorted(self.folder.glob("state_*.safetensors"))
 
     def save(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Write the whole state as one file; keep the last two.
-
-        Raises:
-            UserError: the disk is full.
-        """
+        """Write the whole state as one file; keep the last two."""
         tensors = {MODEL_PREFIX + name: tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {EMA_PREFIX + name: tensor for name, tensor in self.averaged.state_dict().items()}
         for name, parameter in self.trained.items():
@@ -160,29 +150,22 @@ class TrainingState:
 
 
 class RunLog:
-    """The log of one run, in its folder; a run that goes on appends to what it logged before.
+    """The log of one run, in its folder, which exists; a run that goes on appends to what it logged before.
 
-    Args:
-        folder: of the run; it is there already.
-        step: steps taken so far; lines of later ones, which a kill undid, are dropped.
+    Lines of later steps than `step`, which a kill undid, are dropped, and so is one that was not finished.
     """
 
     def __init__(self, folder: Path, step: int):
-        self.folder = folder
-        self.forget_after(step)
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of later steps from metrics.jsonl, and one that was not finished."""
-        path = self.folder / METRICS
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        self.folder, self.path = folder, folder / "metrics.jsonl"
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
             kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
-            write_atomically(path, lambda temporary: temporary.write_text(kept))
+            write_atomically(self.path, lambda temporary: temporary.write_text(kept))
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def numbers(self, step: int, **numbers: float) -> None:
         """Append to metrics.jsonl and TensorBoard."""
-        with open(self.folder / METRICS, "a") as file:
+        with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | numbers) + "\n")
         for name, number in numbers.items():
             self.writer.add_scalar(name, number, step)
@@ -191,7 +174,3 @@ class RunLog:
         """Write samples, uint8 (3, H, W), as a PNG and to TensorBoard."""
         save_png(self.folder / f"samples_{step:08d}.png", picture)
         self.writer.add_image("samples", picture, step)
-
-    def close(self) -> None:
-        """Finish the files."""
-        self.writer.close()

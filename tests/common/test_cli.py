@@ -39,18 +39,14 @@ def test_bugs_keep_their_traceback(error):
         run(raising(error), None)
 
 
-def test_parser_complains_in_one_line_and_shows_defaults(capsys):
+def test_parser_complains_in_one_line_and_keeps_line_breaks(capsys):
     parser = Parser(prog="draw.py", description="Draw.\n\npython draw.py OUT")
     parser.add_argument("--count", type=int, default=50, help="how many")
-    parser.add_argument("--csv", help="a file")
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(["--count", "many"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == "draw.py: argument --count: invalid int value: 'many' (see --help)\n"
-    shown = parser.format_help()
-    assert "how many (default: 50)" in shown
-    assert "a file\n" in shown
-    assert "\npython draw.py OUT\n" in shown
+    assert "\npython draw.py OUT\n" in parser.format_help()
 
 
 def test_help_shows_defaults_as_one_would_type_them(monkeypatch, tmp_path):
@@ -60,11 +56,13 @@ def test_help_shows_defaults_as_one_would_type_them(monkeypatch, tmp_path):
     parser.add_argument("--sizes", nargs="+", default=[4, 8], help="of 100 %% of them")
     parser.add_argument("--fast", action="store_true", help="or not")
     parser.add_argument("--share", default="5%", help="part")
+    parser.add_argument("--csv", help="a file")
     shown = " ".join(parser.format_help().split())
     assert "files (default: weights/a.pt /b.pt)" in shown
     assert "of 100 % of them (default: 4 8)" in shown
     assert "part (default: 5%)" in shown
     assert "or not (default" not in shown
+    assert shown.endswith("a file")
 
 
 def test_quiet_may_stand_before_a_subcommand():

@@ -1,4 +1,4 @@
-"""Reading labelled images, and the order, timesteps and jitter of batches."""
+"""Reading images by CSV and from folders, and the order, timesteps, jitter and drawing ahead of batches."""
 
 import io
 
@@ -11,10 +11,10 @@ from common.cli import UserError
 from common.data import (
     jitter,
     read_csv_images,
+    read_folder_images,
     read_image,
     shuffled_indices,
     stratified_timesteps,
-    to_unit_range,
 )
 
 
@@ -126,21 +126,20 @@ def test_broken_images_of_every_format_are_refused_or_read(tmp_path):
         ("image_name,label\n0.png,1,2\n1.png,2,3\n", "more fields"),
         ('image_name,label\n"0.png,1\n', "not a CSV file"),
         ("image_name,label\n0.png\n", "row 2: label ''"),
+        ("\xff\xfe\x00\x01" * 50, "not a CSV file"),
     ],
 )
 def test_tables_that_are_none_are_refused(folder, content, complaint):
     path = folder / "train.csv"
-    path.write_text(content)
+    path.write_text(content, encoding="latin-1")
     line = refused(path)
     assert str(path) in line
     assert complaint in line
 
 
 def test_tables_that_cannot_be_read_are_refused(folder):
-    (folder / "binary.csv").write_bytes(b"\xff\xfe\x00\x01" * 50)
     assert "no such file" in refused(folder / "absent.csv")
     assert "not a CSV file" in refused(folder)
-    assert "binary.csv" in refused(folder / "binary.csv")
 
 
 def test_every_image_mode_becomes_rgb(tmp_path):
@@ -171,13 +170,47 @@ def test_split_and_take(digits):
     assert sorted(train.names + held.names) == sorted(images.names)
     assert torch.equal(held.images, images.images[9::10])
     even = images.take(images.labels % 2 == 0)
-    assert len(even) == 20
     assert even.names == [name for name, label in zip(images.names, images.labels.tolist()) if label % 2 == 0]
 
 
-def test_unit_range_is_exact_at_its_ends():
-    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8)
-    assert to_unit_range(pixels).tolist() == pytest.approx([-1, -0.6, 1], abs=1e-7)
+def picture(path, size, left, right):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((size[1], size[0], 3), left, dtype=np.uint8)
+    pixels[:, size[0] // 2 :] = right
+    Image.fromarray(pixels).save(path)
+
+
+def test_images_come_in_the_order_of_their_paths(tmp_path):
+    for k, name in enumerate(("b.png", "a/z.jpg", "c.JPG", "a/y.bmp", ".hidden.png", ".cache/x.png")):
+        picture(tmp_path / name, (8, 8), 40 * k, 40 * k)
+    (tmp_path / "readme.txt").write_text("no image")
+    images = read_folder_images(tmp_path, 8)
+    assert images.names == ["a/y.bmp", "a/z.jpg", "b.png", "c.JPG"]
+    assert images.images.shape == (4, 3, 8, 8)
+    assert [int(image[0, 0, 0]) for image in images.images] == [120, 40, 0, 80]
+    assert not images.labels.any()
+
+
+def test_an_oblong_image_is_cut_to_its_middle(tmp_path):
+    picture(tmp_path / "wide.png", (40, 10), 0, 200)
+    image = read_folder_images(tmp_path, 10).images[0, 0]
+    assert (image[:, :4] == 0).all()
+    assert (image[:, 6:] == 200).all()
+    pixels = np.zeros((10, 40, 3), dtype=np.uint8)
+    pixels[:, :15], pixels[:, 25:] = 255, 255  # only the middle square is black
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    assert not read_folder_images(tmp_path, 10).images.any()
+
+
+@pytest.mark.parametrize("content", ["missing", "empty", "broken"])
+def test_bad_folders_are_named(tmp_path, content):
+    folder = tmp_path / "faces"
+    if content != "missing":
+        folder.mkdir()
+    if content == "broken":
+        (folder / "00.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="faces"):
+        read_folder_images(folder, 8)
 
 
 def test_every_epoch_shows_every_image_once():

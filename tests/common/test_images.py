@@ -1,14 +1,11 @@
-"""Pixels against torchvision's rule; files that are whole or not there."""
+"""Pixels against torchvision's rule, and what becomes of them in grids, captions and GIFs."""
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from torchvision.utils import save_image
 
-from common.cli import UserError
 from common.images import add_captions, grid, save_gif, save_png, to_uint8
-from common.output import check_output_folder, stage_folder
 
 
 def test_rounding_is_save_images(tmp_path):
@@ -54,45 +51,3 @@ def test_gif_holds_every_frame(tmp_path):
         assert gif.n_frames == 3
         gif.seek(2)
         assert gif.info["duration"] == 900
-
-
-def test_staged_files_appear_together(tmp_path):
-    with stage_folder(tmp_path) as stage:
-        (stage / "svhn").mkdir()
-        save_png(stage / "svhn" / "1_001.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
-        assert not (tmp_path / "svhn").exists()
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["1_001.png", "svhn"]
-
-
-def test_staged_files_stay_out_where_one_has_no_place(tmp_path):
-    (tmp_path / "b.png").mkdir()
-
-    def fill():
-        with stage_folder(tmp_path) as stage:
-            for name in ("a.png", "b.png"):
-                (stage / name).write_text("new")
-
-    with pytest.raises(UserError, match=r"b\.png: is a folder"):
-        fill()
-    assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
-
-
-def test_staged_files_vanish_on_failure(tmp_path):
-    def interrupted():
-        with stage_folder(tmp_path) as stage:
-            (stage / "a.png").write_bytes(b"half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        interrupted()
-    assert not list(tmp_path.iterdir())
-
-
-def test_output_folder_must_be_a_writable_folder(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        check_output_folder(tmp_path / "file")
-    with pytest.raises(UserError, match="cannot be written"):
-        check_output_folder(tmp_path / "file" / "below")
-    with pytest.raises(UserError, match="cannot be written"):
-        check_output_folder("/proc/digits")

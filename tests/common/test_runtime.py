@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.cli import UserError
-from common.runtime import PRECISIONS, autocast, pick_device, pick_precision, seeded_generator
+from common.runtime import PRECISIONS, pick_device, pick_precision, seeded_generator
 
 
 def test_the_same_key_gives_the_same_stream():
@@ -32,10 +32,6 @@ def test_devices_that_are_not_there_are_refused_in_one_line(name):
     assert "\n" not in str(caught.value)
 
 
-def test_auto_is_a_gpu_or_the_cpu():
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def test_every_launched_process_takes_its_own_gpu(monkeypatch):
     taken = []
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -55,9 +51,3 @@ def test_automatic_precision_is_exact_on_a_gpu():
         assert pick_precision(name, torch.device("cpu")) == name
     with pytest.raises(UserError, match="--precision fp8"):
         pick_precision("fp8", torch.device("cpu"))
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_networks_compute_in_the_chosen_precision(precision, dtype):
-    with autocast(torch.device("cpu"), precision):
-        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype

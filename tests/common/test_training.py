@@ -1,15 +1,66 @@
-"""The training loop on a toy regression: averages, accumulation, clipping, precision, and what is logged."""
+"""The diffusion loss against its definition, and the training loop on a toy regression."""
 
 import functools
 import json
 import math
+import threading
 
+import numpy as np
 import pytest
 import torch
 
 from common.cli import UserError
+from common.schedule import PREDICTIONS, NoiseSchedule
+from common.training import DrawnAhead, diffusion_loss
 from tests.toy_training import make_batch, make_trainer, squared_error, train
 from tests.training import newest
+
+SCHEDULE = NoiseSchedule("cosine")
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 64, 3, 4, 4, generator=generator)
+    t = torch.randint(0, 1000, (64,), generator=generator)
+    return {"x0": x0, "eps": eps, "t": t, "labels": t % 10, "hint": x0[:, :1]}
+
+
+def zeros(xt, t, **condition):
+    return torch.zeros_like(xt)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_network_has_no_loss(batch, prediction):
+    def perfect(xt, t, labels, hint):
+        assert torch.equal(xt, SCHEDULE.add_noise(batch["x0"], batch["eps"], batch["t"]))
+        assert t is batch["t"]
+        assert labels is batch["labels"]
+        assert hint is batch["hint"]
+        return SCHEDULE.target(batch["x0"], batch["eps"], t, prediction)
+
+    assert diffusion_loss(perfect, batch, SCHEDULE, prediction, 5.0) == 0
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("gamma", [0, 5.0])
+def test_the_loss_is_the_weighted_squared_error(batch, prediction, gamma):
+    target = SCHEDULE.target(batch["x0"], batch["eps"], batch["t"], prediction).double().numpy()
+    alpha_bar = SCHEDULE.alphas_cumprod.numpy()[batch["t"]]
+    snr = alpha_bar / (1 - alpha_bar)
+    divisor = {"eps": snr, "x0": 1, "v": snr + 1}[prediction]
+    weights = np.minimum(snr, gamma) / divisor if gamma else 1
+    expected = np.mean(weights * (target.reshape(64, -1) ** 2).mean(1))
+    assert diffusion_loss(zeros, batch, SCHEDULE, prediction, gamma).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_reach_the_network_in_fp32(batch):
+    scale = torch.ones((), requires_grad=True)
+    loss = diffusion_loss(lambda xt, t, **condition: (xt * scale).bfloat16(), batch, SCHEDULE, "eps", 5.0)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert scale.grad.isfinite()
+    assert scale.grad != 0
 
 
 def test_offloaded_it_takes_the_same_steps_and_averages(tmp_path):
@@ -19,17 +70,13 @@ def test_offloaded_it_takes_the_same_steps_and_averages(tmp_path):
         seen.append(averaged)
         return next(averaged.parameters()).mean()
 
-    trainer = train(tmp_path / "offloaded", offload=True, validate=validate)
-    train(tmp_path / "plain", validate=validate)
-    (ours, _), (theirs, _) = newest(tmp_path / "offloaded"), newest(tmp_path / "plain")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert len(seen) == 12
-    assert seen[0] is trainer.averaged
-    train(tmp_path / "offloaded", offload=True, steps=8, validate=validate)
-    train(tmp_path / "plain", steps=8, validate=validate)
-    (ours, _), (theirs, _) = newest(tmp_path / "offloaded"), newest(tmp_path / "plain")
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for steps in (6, 8):  # and it goes on from its state
+        trainer = train(tmp_path / "offloaded", steps=steps, offload=True, validate=validate)
+        assert seen[-1] is trainer.averaged
+        train(tmp_path / "plain", steps=steps, validate=validate)
+        (ours, _), (theirs, _) = newest(tmp_path / "offloaded"), newest(tmp_path / "plain")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_dropout_differs_between_steps_and_seeds(tmp_path):
@@ -78,6 +125,7 @@ def test_averages_are_their_closed_form_and_buffers_are_copied(tmp_path):
         expected = decay * expected + (1 - decay) * weight
     assert (trainer.averaged.head.weight - expected).abs().max() < 1e-6
     assert (trainer.averaged.head.weight - trainer.model.head.weight).abs().max() > 1e-3
+    assert (trainer.model.frozen == 0.5).all()
     assert trainer.averaged.passes == trainer.model.passes == 20
     assert not trainer.averaged.training
 
@@ -92,9 +140,16 @@ def test_accumulated_pieces_make_the_whole_batch(tmp_path):
         assert json.loads(line)["loss"] == pytest.approx(json.loads(other)["loss"], abs=1e-6)
 
 
-def test_batches_must_divide(tmp_path):
-    with pytest.raises(UserError, match=r"--batch-size 8: must be divisible by 1 processes x --accumulate 3"):
-        make_trainer(tmp_path, accumulate=3)
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"accumulate": 3}, "--batch-size 8: must be divisible by 1 processes x --accumulate 3"),
+        ({"precision": "fp16"}, "--precision fp16: training in fp16 needs a GPU"),
+    ],
+)
+def test_options_that_do_not_suit_are_refused(tmp_path, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        make_trainer(tmp_path, **options)
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -109,12 +164,6 @@ def test_gradients_are_clipped(tmp_path):
     _, norm = trainer.take_step()
     assert norm > 0.1
     assert norms == pytest.approx([0.01], rel=1e-3)
-
-
-def test_only_parameters_that_require_gradients_are_trained(tmp_path):
-    trainer = train(tmp_path)
-    assert (trainer.model.frozen == 0.5).all()
-    assert not any(name.startswith("optimizer.frozen") for name in newest(tmp_path)[0])
 
 
 def infinite_gradient(model, batch):
@@ -149,17 +198,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_harm(tmp_path, broken, s
     assert trainer.step == step
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file: is a file; name a folder"):
-        make_trainer(tmp_path / "file")
-
-
-def test_fp16_on_a_cpu_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--precision fp16: training in fp16 needs a GPU"):
-        make_trainer(tmp_path, precision="fp16")
-
-
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tmp_path):
     seen = []
 
@@ -181,3 +219,45 @@ def test_compiled_networks_save_the_same_keys(tmp_path, monkeypatch):
     assert newest(tmp_path / "a")[0].keys() == newest(tmp_path / "b")[0].keys()
     for name, parameter in plain.state.trained.items():
         assert (parameter - compiled.state.trained[name]).abs().max() < 1e-6
+
+
+def test_the_next_batch_is_drawn_in_a_thread_while_this_one_is_worked_on():
+    drawn, ready = {}, threading.Event()
+
+    def draw(step):
+        drawn[step] = threading.current_thread()
+        if step == 6:
+            ready.set()
+        return {"x": torch.full((2,), step)}
+
+    batches = DrawnAhead(draw, 41)
+    assert batches(5)["x"].tolist() == [5, 5]
+    assert ready.wait(10)
+    assert drawn[5] is threading.main_thread() is not drawn[6]
+    before = drawn[6]
+    assert batches(6)["x"].tolist() == [6, 6]
+    assert drawn[6] is before
+    assert batches(40)["x"].tolist() == [40, 40]  # a run that goes on elsewhere, up to its last step
+    assert batches.waiting == {}
+
+
+def test_an_error_comes_with_its_own_step():
+    def draw(step):
+        if step == 1:
+            raise UserError("row 7: no such image")
+        return {"x": torch.zeros(1)}
+
+    batches = DrawnAhead(draw, 9)
+    batches(0)
+    with pytest.raises(UserError, match="row 7"):
+        batches(1)
+    assert batches(2)["x"].tolist() == [0]
+
+
+def test_training_on_batches_drawn_ahead_is_the_same(tmp_path):
+    plain, ahead = make_trainer(tmp_path / "plain"), make_trainer(tmp_path / "ahead")
+    ahead.batch_of = DrawnAhead(ahead.draw_batch, ahead.options.steps)
+    for trainer in (plain, ahead):
+        trainer.run()
+    weights = zip(plain.model.state_dict().values(), ahead.model.state_dict().values())
+    assert all(torch.equal(ours, theirs) for ours, theirs in weights)

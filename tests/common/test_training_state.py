@@ -5,10 +5,12 @@ import json
 import accelerate
 import pytest
 import torch
+from torch import nn
 
 from common import training
 from common.checkpoint import load_about, load_tensors
 from common.cli import UserError
+from common.training_state import PagedAdamW
 from tests.toy_training import WIDTH, Toy, make_trainer, train
 from tests.training import killed_at, newest, same_states
 
@@ -72,11 +74,11 @@ def test_a_full_disk_leaves_the_earlier_state_whole(tmp_path, full_disk):
 
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
-    left = tmp_path / ".unfinished-abc"
-    left.mkdir()
-    (left / ".tmp123").write_bytes(b"half")
-    assert train(tmp_path, steps=1).step == 1
-    assert not left.exists()
+    (tmp_path / ".unfinished-abc").mkdir()
+    (tmp_path / ".unfinished-abc" / ".tmp123").write_bytes(b"half")
+    (tmp_path / ".hidden").touch()
+    train(tmp_path, steps=1)
+    assert [path.name for path in tmp_path.glob(".*")] == [".hidden"]
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path):
@@ -130,3 +132,45 @@ def test_the_gradient_scale_survives_a_restart(tmp_path, monkeypatch):
     assert same_states(tmp_path / "whole", tmp_path / "cut")
     assert whole.accelerator.scaler.get_scale() > kept["scale"]  # and grown again
     assert not torch.equal(whole.model.head.weight, Toy().head.weight)
+
+
+def train_by(kind, steps: int, **options) -> tuple[nn.Module, torch.optim.AdamW]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.Tanh(), nn.Conv2d(5, 1, 3)).to(memory_format=torch.channels_last)
+    optimizer = kind(model.parameters(), 1e-2, weight_decay=0.1, **options)
+    for _ in range(steps):
+        model(torch.randn(4, 2, 8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_paged_it_takes_the_steps_of_adamw(fused):
+    ours, ours_optimizer = train_by(PagedAdamW, 5, fused=fused)
+    theirs, theirs_optimizer = train_by(torch.optim.AdamW, 5, fused=fused)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+    for a, b in zip(ours_optimizer.state.values(), theirs_optimizer.state.values()):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert len(ours_optimizer.param_groups[0]["params"]) == 4
+
+
+def test_moments_of_one_parameter_at_a_time_are_on_the_device(monkeypatch):
+    moves, move = [], PagedAdamW.move
+
+    def watch(optimizer, parameter, device):
+        moves.append((id(parameter), str(device)))
+        if "exp_avg" in optimizer.state[parameter]:
+            # The meta device stands for a GPU on the way there; on the way back the values must still be there.
+            moments = [optimizer.state[parameter][name].clone() for name in ("exp_avg", "exp_avg_sq")]
+            move(optimizer, parameter, torch.device("meta"))
+            assert {optimizer.state[parameter][name].device.type for name in ("exp_avg", "exp_avg_sq")} == {"meta"}
+            assert optimizer.state[parameter]["step"].device.type == "cpu"
+            optimizer.state[parameter].update(zip(("exp_avg", "exp_avg_sq"), moments))
+
+    monkeypatch.setattr(PagedAdamW, "move", watch)
+    model, _ = train_by(PagedAdamW, 1, fused=True)
+    own = [id(parameter) for parameter in model.parameters()]
+    assert [key for key, _ in moves] == [key for key in own for _ in range(2)]
+    assert {device for _, device in moves} == {"cpu"}
