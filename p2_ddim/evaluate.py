@@ -56,11 +56,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> dict[str, float]:
-    """Print and return the error of every image, and under "mean" their mean.
-
-    Raises:
-        UserError: as `squared_errors`, or a file that cannot be written.
-    """
+    """Print and return the error of every image, and under "mean" their mean."""
     check_json(args.json)
     errors = squared_errors(args.out, args.truth)
     errors["mean"] = sum(errors.values()) / len(errors)

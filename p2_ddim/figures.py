@@ -87,11 +87,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> list[Path]:
-    """Draw and write; returns the files written.
-
-    Raises:
-        UserError: bad arguments, noises or weights, or a folder that cannot be written; nothing is written then.
-    """
+    """Draw and write; returns the files written."""
     check("faces", args.faces, args.faces > 0, "above 0")
     check("frames", args.frames, args.frames > 0, "above 0")
     sampler, options = make_sampler(args)

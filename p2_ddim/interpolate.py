@@ -23,12 +23,8 @@ def lerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """The great circle from a to b, over all values together (Shoemake 1985; Song et al. 2021, section 5.3).
 
-    sin((1 - alpha) theta) / sin(theta) a + sin(alpha theta) / sin(theta) b, with theta the angle between a and b.
-
-    Args:
-        a: noise of any shape.
-        b: noise of that shape.
-        alpha: 0 for a, 1 for b; both ends are exact.
+    sin((1 - alpha) theta) / sin(theta) a + sin(alpha theta) / sin(theta) b, with theta the angle between a and b, which
+    have the same shape. Both ends, alpha = 0 and 1, are exact.
     """
     a_unit, b_unit = a.double() / a.double().norm(), b.double() / b.double().norm()
     # Unlike the arc cosine of a product, this keeps small angles and those near pi (Kahan 2006).
@@ -43,11 +39,7 @@ METHODS = {"slerp": slerp, "lerp": lerp}
 
 
 def between(a: Noise, b: Noise, method: str, alphas: Sequence[float] = STRIP) -> list[Noise]:
-    """The noises at these points of the way from a to b.
-
-    Raises:
-        UserError: the two differ in shape.
-    """
+    """The noises at these points of the way from a to b; a `UserError` if the two differ in shape."""
     if a.xt.shape != b.xt.shape:
         raise UserError(f"noises {a.name} and {b.name}: shapes {tuple(a.xt.shape)} and {tuple(b.xt.shape)} differ")
     return [Noise(f"{a.name}-{b.name}-{alpha:g}", METHODS[method](a.xt, b.xt, alpha)) for alpha in alphas]

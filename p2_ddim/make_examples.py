@@ -72,9 +72,7 @@ def write_noises(folder: Path, channels: int, size: int, seed: int) -> None:
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="make_examples.py", description=__doc__)
     weights, examples = parser.add_argument_group("weights"), parser.add_argument_group("examples")
-    weights.add_argument(
-        "--install", type=Path, metavar="CHECKPOINT", help="copy the weights from this checkpoint first"
-    )
+    weights.add_argument("--install", type=Path, metavar="CHECKPOINT", help="copy this checkpoint's weights first")
     weights.add_argument("--weights", type=Path, default=WEIGHTS, help="the weights that come with the project")
     examples.add_argument("--out", type=Path, default=EXAMPLES, help="folder that gets noise/ and GT/")
     examples.add_argument("--seed", type=int, default=0, help="seed of the noises")

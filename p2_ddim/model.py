@@ -23,28 +23,20 @@ from common.schedule import NoiseSchedule
 class FaceUNetConfig:
     """Everything needed to rebuild a `FaceUNet`; stored in every checkpoint. The defaults are the course's network.
 
-    Args:
-        image_channels: colour channels of the images.
-        patch_size: side of the pixel blocks that are folded into channels first; 1 for none. Folding by 2 leaves a
-            quarter of the positions to compute.
-        widths: channels of each level, finest first; every level after the first halves the grid.
-        blocks: residual blocks of each level in the encoder (the decoder has one more a level).
-        attention: whether each level's blocks attend over all positions.
-        middle_attention: one entry for each block between encoder and decoder: whether it attends.
-        embedding: width of the time embedding.
-        dropout: dropout probability inside residual blocks.
-        means: add a linear map, chosen by the timestep, of the folded channels' means over the image. Group norms
-            nearly remove these means: with folding, not only the brightness but also the finest checkerboards.
+    Raises:
+        ValueError: the sizes do not fit one another.
     """
 
     image_channels: int = 3
-    patch_size: int = 1
-    widths: tuple[int, ...] = (128, 128, 256, 256, 512, 512)
-    blocks: int = 2
-    attention: tuple[bool, ...] = (False, False, False, False, True, False)
-    middle_attention: tuple[bool, ...] = (True, False)
-    embedding: int = 512
-    dropout: float = 0.0
+    patch_size: int = 1  # side of the blocks of pixels that are folded into channels; 1 folds none
+    widths: tuple[int, ...] = (128, 128, 256, 256, 512, 512)  # channels of each level, finest first; each level halves
+    blocks: int = 2  # residual blocks of each level in the encoder; the decoder has one more a level
+    attention: tuple[bool, ...] = (False, False, False, False, True, False)  # whether each level's blocks attend
+    middle_attention: tuple[bool, ...] = (True, False)  # one for each block between encoder and decoder
+    embedding: int = 512  # width of the time embedding
+    dropout: float = 0.0  # probability of dropout inside residual blocks
+    # Add a linear map, chosen by the timestep, of the folded channels' means over the image. Group norms nearly remove
+    # these means: with folding, not only the brightness but also the finest checkerboards.
     means: bool = False
 
     def __post_init__(self):
@@ -197,9 +189,8 @@ class FaceUNet(nn.Module):
 def load_face_unet(path: Path) -> tuple[FaceUNet, dict[str, Any]]:
     """The network of a weights file, fp32 on the CPU and in eval mode, and the facts about it.
 
-    Args:
-        path: a checkpoint of train.py, whose facts say how to build the network, or a bare state dict of the course's
-            network (`.pt`, or safetensors without facts), to which the facts in `COURSE` belong.
+    A checkpoint of train.py holds its facts; to a bare state dict of the course's network (`.pt`, or safetensors
+    without facts) belong those in `COURSE`.
 
     Raises:
         UserError: the file is missing, truncated, carries code, lacks facts, or does not fit the network.

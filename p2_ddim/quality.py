@@ -104,9 +104,6 @@ def main(args, extract: Extractor | None = None) -> dict:
 
     Drawn faces are compared with faces held out of training; so are training faces, which shows how near one can come.
     Features come from `extract`, or from the ImageNet network.
-
-    Raises:
-        UserError: bad arguments, weights or data, or the ImageNet network is not installed.
     """
     check_json(args.json)
     sampler, options = make_sampler(args)
@@ -119,12 +116,9 @@ def main(args, extract: Extractor | None = None) -> dict:
     )
     with stage_folder(args.out) as stage:
         drawn = sampler.pictures(random_noises(args.count, sampler.shape, options.seed), options)
-        real = extract(held_out)
-        figures = {
-            "count": args.count,
-            "drawn": all_distances(real, extract(drawn), NEIGHBOURS),
-            "training": all_distances(real, extract(some_train), NEIGHBOURS),
-        }
+        real, compared = extract(held_out), {"drawn": drawn, "training": some_train}
+        distances = {name: all_distances(real, extract(faces), NEIGHBOURS) for name, faces in compared.items()}
+        figures = {"count": args.count} | distances
         picture, figures["nearest"] = nearest_training_faces(drawn, held_out, train)
         save_png(stage / "nearest.png", picture)
         save_png(stage / "faces.png", grid(drawn[:100], columns=10))

@@ -67,11 +67,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> list[Path]:
-    """Draw and write; returns the files written.
-
-    Raises:
-        UserError: bad arguments, noises or weights, or a folder that cannot be written; nothing is written then.
-    """
+    """Draw and write; returns the files written."""
     sampler, options = make_sampler(args)
     noises = noises_for(sampler, args.noise)
     with stage_folder(args.out) as stage:

@@ -24,11 +24,7 @@ CPU_VALUES, GPU_VALUES = 2**22, 2**29
 
 @dataclass(frozen=True)
 class DDIMOptions:
-    """How to draw; every field is a flag of the same name, and the defaults are the ground truth's conventions.
-
-    Raises:
-        UserError: a value is out of its range.
-    """
+    """How to draw, by default as the ground truth; every field is a flag, and a bad value is a `UserError`."""
 
     steps: int = option(50, "steps of the reverse process")
     eta: float = option(0.0, "share of fresh noise in every step: 0 is DDIM, 1 has DDPM's posterior variance")
@@ -65,7 +61,6 @@ class FaceSampler:
     Args:
         model: the network, called as model(xt, t); its weights are converted in place.
         about: facts of the weights file: the schedule, the prediction and the image size.
-        device: where to compute.
         precision: "fp32", "bf16" or "fp16" for the network; xt stays fp32.
         compile: torch.compile the network, on a GPU with CUDA graphs.
 
@@ -131,8 +126,8 @@ class FaceSampler:
 
         walk = partial(self.walk, options=options)
         for (_, height, width), alike in groupby(noises, lambda noise: noise.xt.shape):
-            automatic = self.pick_batch_size(height, width)
-            batch_size = automatic if options.batch_size == "auto" else int(options.batch_size)
+            fitting = self.pick_batch_size(height, width)
+            batch_size = fitting if options.batch_size == "auto" else int(options.batch_size)
             yield from draw_in_batches(list(alike), walk, finish, batch_size=batch_size, steps=options.steps)
 
     def pick_batch_size(self, height: int, width: int) -> int:

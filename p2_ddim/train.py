@@ -9,6 +9,7 @@ Running the same command again resumes where the run stopped.
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,11 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class FaceTraining:
-    """Which network to train on which images; every field is a flag of the same name.
-
-    Raises:
-        UserError: a value is out of its range.
-    """
+    """Which network to train on which images; every field is a flag of the same name. A bad value is a `UserError`."""
 
     out: Path = option(ROOT / "runs" / "p2", "folder of the run")
     init: Path | None = option(None, "weights to start from; a resumed run has its own", type=Path)
@@ -104,13 +101,11 @@ def train(
     if len(faces) < HELD_OUT_EVERY:
         raise UserError(f"{config.data}: {len(faces)} images; give at least {HELD_OUT_EVERY}")
     trained, held_out = faces.split()
+    loss_fn = partial(diffusion_loss, schedule=schedule, prediction=config.prediction, gamma=config.min_snr_gamma)
 
     def make_batch(step: int, generator: torch.Generator) -> Batch:
         index = shuffled_indices(len(trained), options.seed, step * options.batch_size, options.batch_size)
         return draw_batch(trained.images[index], schedule.T, config.flip, generator)
-
-    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-        return diffusion_loss(model, batch, schedule, config.prediction, config.min_snr_gamma)
 
     def sample(averaged: nn.Module) -> Tensor:
         shape = network.image_channels, config.image_size, config.image_size
@@ -144,7 +139,7 @@ def train(
 
 
 def main(args) -> Path:
-    """Train; returns the path of the finished weights, and raises as `train`."""
+    """Train as the arguments say; returns the finished weights."""
     return train(options_from(args, FaceTraining), training_options(args))
 
 

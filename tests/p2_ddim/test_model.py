@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -135,12 +135,3 @@ def test_bare_weights_get_the_courses_facts(tmp_path, name, monkeypatch, narrow_
     for key, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, narrow_model.state_dict()[key].half().float())
-
-
-def test_dropout_acts_in_training_only(narrow_model):
-    model = FaceUNet(replace(narrow_model.config, dropout=0.5))
-    model.load_state_dict(narrow_model.state_dict())
-    xt, t = torch.randn(1, 3, 8, 8), torch.tensor([100])
-    with torch.no_grad():
-        assert torch.equal(model.eval()(xt, t), narrow_model(xt, t))
-        assert not torch.equal(model.train()(xt, t), narrow_model(xt, t))

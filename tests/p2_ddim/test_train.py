@@ -98,7 +98,6 @@ def test_held_out_images_are_validated_on_and_never_trained_on(arguments, monkey
         ("--blocks 0", "blocks 0"),
         ("--dropout 1", "--dropout 1"),
         ("--min-snr-gamma -1", "--min-snr-gamma -1"),
-        ("--lr 0", "--lr 0"),
         ("--data few", "9 images; give at least 10"),
     ],
 )
