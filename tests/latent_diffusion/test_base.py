@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from common.cli import UserError
 from latent_diffusion.base import load_base, load_part, prompt_tokens, read_schedule, vector_tokens
-from latent_diffusion.saving import save_base, save_part
+from latent_diffusion.saving import save_base
 
 PROMPTS = ["red circle with blue background", "", "Two GOLD circles!"]
 
@@ -43,10 +43,8 @@ def test_contexts_are_the_pipelines(base, pipeline):
     with torch.no_grad():
         theirs, null = pipeline.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=True)
     ours = base.encode_prompts(PROMPTS)
-    assert ours.shape == (3, 77, 16)
     assert (ours - theirs).abs().max() <= 1e-6
     assert (ours[1] - null[0]).abs().max() <= 1e-6
-    assert not torch.equal(ours[0], ours[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -59,11 +57,7 @@ def test_another_dtype_is_diffusers_own_and_never_other_threads_default(pipeline
     assert set(defaults) <= {torch.float32}
     assert capfd.readouterr().err == ""
     for name in ("unet", "vae", "text_encoder"):
-        mine, expected = getattr(ours, name).state_dict(), getattr(theirs, name).state_dict()
-        assert mine.keys() == expected.keys()
-        for key, tensor in mine.items():
-            assert tensor.dtype == expected[key].dtype, key
-            assert torch.equal(tensor, expected[key]), key
+        torch.testing.assert_close(getattr(ours, name).state_dict(), getattr(theirs, name).state_dict(), rtol=0, atol=0)
 
 
 def test_latents_and_images_are_the_vaes(base, pipeline, monkeypatch):
@@ -99,15 +93,6 @@ def test_a_vae_that_overflows_in_half_precision_decodes_in_fp32(pipeline_folder,
     assert base.vae.dtype == torch.float32
 
 
-def test_what_is_encoded_can_be_trained_on(base):
-    """A tensor of inference mode could not."""
-    weight = torch.ones(16, requires_grad=True)
-    (base.encode_prompts(["red"]) * weight).sum().backward()
-    latents = base.encode_images(torch.zeros(1, 3, 64, 64))
-    (latents * weight[:8]).sum().backward()
-    assert weight.grad.abs().min() > 0 or weight.grad.abs().max() > 0
-
-
 def test_everything_is_frozen_in_eval_mode_and_channels_last(pipeline_folder):
     base = load_base(pipeline_folder, dtype=torch.bfloat16)
     assert (base.factor, base.device, base.prediction) == (8, torch.device("cpu"), "v")
@@ -130,7 +115,7 @@ def tokenizer(pipeline_folder):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["a <cat> and a <dog>", "<c(a.t><cat>, <cat>!", "no word", "", "<dog> <dog>_1", "<cat>_2 and <cat>_1"]
+    "prompt", ["a <cat> and a <dog>", "<c(a.t><cat>, <cat>!", "", "<dog> <dog>_1", "<cat>_2 and <cat>_1"]
 )
 def test_prompts_are_expanded_as_diffusers_does(tokenizer, prompt):
     theirs = object.__new__(StableDiffusionPipeline).maybe_convert_prompt(prompt, tokenizer)
@@ -167,7 +152,6 @@ def test_a_saved_base_is_a_pipeline_in_fp16(base, tmp_path, pipeline):
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     options = {"latents": latents, "num_inference_steps": 2, "output_type": "np"}
     images = [p("a red circle", **options).images for p in (pipeline, again)]
-    assert images[0].shape == (1, 64, 64, 3)
     assert images[0].std() > 0.01
     assert np.abs(images[0] - images[1]).max() <= 0.02
     for name in ("unet", "vae", "text_encoder"):
@@ -175,11 +159,9 @@ def test_a_saved_base_is_a_pipeline_in_fp16(base, tmp_path, pipeline):
         assert {tensor.dtype for tensor in load_file(file).values() if tensor.is_floating_point()} == {torch.float16}
         assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE((folder / "model_index.json").stat().st_mode)
     assert next(base.unet.parameters()).dtype == torch.float32
-    ours, rounded = (b.encode_prompts(PROMPTS) for b in (base, load_base(folder)))
-    assert 0 < (ours - rounded).abs().max() <= 0.01
-    assert load_base(folder).schedule == base.schedule
-    assert load_base(folder).prediction == base.prediction
-    assert [path.name for path in folder.parent.iterdir()] == ["base"]
+    rounded = load_base(folder)
+    assert 0 < (base.encode_prompts(PROMPTS) - rounded.encode_prompts(PROMPTS)).abs().max() <= 0.01
+    assert (rounded.schedule, rounded.prediction) == (base.schedule, base.prediction)
 
 
 def test_a_full_disk_leaves_the_old_folder(base, copied, full_disk):
@@ -191,26 +173,15 @@ def test_a_full_disk_leaves_the_old_folder(base, copied, full_disk):
     assert [path.name for path in copied.parent.iterdir()] == ["base"]
 
 
-def test_nothing_can_be_saved_over_a_file(base, tmp_path):
-    (tmp_path / "base").write_text("a file")
-    for save in (lambda: save_base(tmp_path / "base", base), lambda: save_part(tmp_path / "base" / "vae", base.vae)):
-        with pytest.raises(UserError, match=f"^{tmp_path}/base"):
-            save()
-    assert (tmp_path / "base").read_text() == "a file"
-
-
 def cut(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-50])
 
 
-def without(name):
-    def spoil(folder):
-        tensors = load_file(file := folder / f"{name}.safetensors")
-        tensors.pop(sorted(tensors)[0])
-        save_file(tensors, file, {"format": "pt"})
-
-    return spoil
+def without_a_weight(folder):
+    tensors = load_file(file := folder / "text_encoder" / "model.safetensors")
+    del tensors[min(tensors)]
+    save_file(tensors, file, {"format": "pt"})
 
 
 def scheduler_with(**changes):
@@ -232,17 +203,11 @@ def wide(folder):
     ("spoil", "complaint"),
     [
         (shutil.rmtree, "{base}: no such file or folder; name a Stable Diffusion"),
-        (
-            lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
-            "{base}: holds more than plain tensors, or is no file of torch.save",
-        ),
         (lambda folder: shutil.rmtree(folder / "vae"), "{base}/vae: no such folder; a base has vae, text_encoder"),
         (lambda folder: shutil.rmtree(folder / "scheduler"), "{base}/scheduler/scheduler_config.json: not a sch"),
-        (lambda folder: (folder / "unet" / "config.json").unlink(), "{base}/unet: not a UNet2DConditionModel ("),
         (lambda folder: (folder / "tokenizer" / "tokenizer.json").unlink(), "{base}/tokenizer: holds neither"),
         (cut, "{base}/unet: not a UNet2DConditionModel ("),
-        (without("vae/diffusion_pytorch_model"), "{base}/vae: "),
-        (without("text_encoder/model"), "{base}/text_encoder: lacks 1 weights (embeddings.position_embedding.weight"),
+        (without_a_weight, "{base}/text_encoder: lacks 1 weights (embeddings.position_embedding.weight"),
         (wide, "{base}: its text encoder gives width 16, its unet wants 24; name another base"),
         (scheduler_with(beta_schedule="sigmoid"), "{base}/scheduler/scheduler_config.json: its beta_schedule is sig"),
         (scheduler_with(prediction_type="flow"), "{base}/scheduler/scheduler_config.json: its prediction_type is f"),
@@ -254,5 +219,4 @@ def test_bad_folders_are_refused_in_one_line(copied, spoil, complaint, capsys):
     with pytest.raises(UserError) as caught:
         load_base(copied)
     assert str(caught.value).startswith(complaint.replace("{base}", str(copied)))
-    assert "\n" not in str(caught.value)
     assert capsys.readouterr().err == ""

@@ -1,10 +1,10 @@
 """Tables of hints, prompts and targets, and the images that they name."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from common.cli import UserError
@@ -22,7 +22,6 @@ def table(folder, *lines):
 def refused(function, *arguments, **options):
     with pytest.raises(UserError) as caught:
         function(*arguments, **options)
-    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -61,22 +60,15 @@ BAD_LINES = [
     ("{'source': 0}", "not JSON"),
     ("[" * 100_000, "not JSON"),
     ("9" * 10_000, "not JSON"),
-    ('{"source": "0.png"', "not JSON"),
     ([LINE], "not an object but list"),
-    ("null", "not an object but NoneType"),
-    (without("source"), 'no "source"'),
     (without("target"), 'no "target"'),
-    (without("prompt"), 'no "prompt"'),
     (LINE | {"prompt": None}, '"prompt" is null, not a string'),
-    (LINE | {"source": 0}, '"source" is 0, not a string'),
-    (LINE | {"target": ["0.png"]}, "not a string"),
     (LINE | {"prompt": "red \ud800 circle"}, "half of a character"),
     (LINE | {"source": ""}, "no file name"),
     (LINE | {"source": "0\0.png"}, "no file name"),
     (LINE | {"target": "."}, "no file name"),
     (LINE | {"target": "../0.png"}, "leaves the output folder"),
     (LINE | {"target": "a/../../0.png"}, "leaves the output folder"),
-    (LINE | {"target": ".."}, "leaves the output folder"),
     (LINE | {"target": "/tmp/0.png"}, "leaves the output folder"),
 ]
 
@@ -118,24 +110,14 @@ def test_one_target_twice(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [("0.png", "data/source"), ("source/0.png", "data"), ("source/0.png", "data/source"), ("./source/0.png", "data")],
+    [("0.png", "data/source"), *(("source/0.png", folder) for folder in ("data", "data/source", "data/target"))],
 )
-def test_hints_are_found_by_training_and_testing_names(name, folder, tmp_path):
+def test_hints_and_targets_are_found_by_training_and_testing_names(name, folder, tmp_path):
     flat(tmp_path / "data" / "source" / "0.png", 200)
     flat(tmp_path / "data" / "target" / "0.png", 100)
-    hints = read_hints([pair(name)], tmp_path / folder, 4)
-    assert (hints.dtype, hints.shape) == (torch.uint8, (1, 3, 4, 4))
-    assert hints[0, :, 2, 1].tolist() == [200, 200, 7]
-
-
-@pytest.mark.parametrize("folder", ["data", "data/target", "data/source"])
-def test_targets_are_never_taken_for_hints(folder, tmp_path):
-    flat(tmp_path / "data" / "source" / "0.png", 200)
-    flat(tmp_path / "data" / "target" / "0.png", 100)
-    targets = read_hints([pair("source/0.png", "target/0.png")], tmp_path / folder, 4, field="target")
-    assert targets[0, 0, 0, 0] == 100
-    hints = read_hints([pair("source/0.png", "target/0.png")], tmp_path / folder, 4)
-    assert hints[0, 0, 0, 0] == 200
+    own = [pair(name, "target/0.png")]
+    assert read_hints(own, tmp_path / folder, 4)[0, :, 2, 1].tolist() == [200, 200, 7]
+    assert read_hints(own, tmp_path / folder, 4, field="target")[0, :, 2, 1].tolist() == [100, 100, 7]
 
 
 def test_hints_keep_the_order_of_their_lines_and_get_one_size(tmp_path):
@@ -146,13 +128,10 @@ def test_hints_keep_the_order_of_their_lines_and_get_one_size(tmp_path):
     np.testing.assert_array_equal(hints[:, 0, 3, 3], 10 * np.arange(19, -1, -1))
 
 
-@pytest.mark.parametrize("spoil", ["missing", "broken", "folder"])
+@pytest.mark.parametrize("spoil", [lambda path: None, lambda path: path.write_bytes(b"no image"), Path.mkdir])
 def test_bad_hints_are_named_with_their_line(spoil, tmp_path, capsys):
     flat(tmp_path / "0.png", 1)
-    if spoil == "broken":
-        (tmp_path / "1.png").write_bytes(b"no image")
-    if spoil == "folder":
-        (tmp_path / "1.png").mkdir()
+    spoil(tmp_path / "1.png")
     pairs = [pair("0.png"), Pair("1.png", "1.png", "", "prompt.json line 12")]
     complaint = refused(read_hints, pairs, tmp_path, 4)
     assert complaint.startswith(f"prompt.json line 12: {tmp_path / '1.png'}: ")

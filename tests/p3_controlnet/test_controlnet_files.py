@@ -11,10 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from common.cli import UserError
-from latent_diffusion.base import load_base
 from latent_diffusion.files import WeightsFile, controlnet_sizes, find_controlnet
 from p3_controlnet import export, sample
-from p3_controlnet.model import ControlNet, ControlNetConfig, check_fit
+from p3_controlnet.model import ControlNet, ControlNetConfig
 from tests.stable_diffusion import KEYS
 
 
@@ -59,19 +58,6 @@ def test_the_original_layout(control_state, theirs, tmp_path, form, suffix):
     assert all(parameter.requires_grad for parameter in ours.parameters()), "it can be trained on"
 
 
-@torch.no_grad()
-def test_residuals_are_diffusers(control_file, sd_file, theirs):
-    ours, _ = ControlNet.load(control_file)
-    check_fit(ours, load_base(sd_file), "here")
-    generator = torch.Generator().manual_seed(0)
-    xt, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3, 801])
-    context, hint = torch.randn(2, 77, 48, generator=generator), torch.rand(2, 3, 64, 64, generator=generator)
-    down, middle = theirs(xt, t, context, hint, return_dict=False)
-    residuals = ours(xt, t, context, hint)
-    assert middle.std() > 0.1
-    assert max(float((one - other).abs().max()) for one, other in zip(residuals, [*down, middle], strict=True)) <= 1e-4
-
-
 def test_exports_are_what_others_read(control_file, control_state, theirs, tmp_path):
     folder = export_to(tmp_path / "folder", control_file, "--layout", "diffusers", "--fp32")
     assert same(ControlNetModel.from_pretrained(folder).state_dict(), theirs.state_dict())
@@ -101,7 +87,6 @@ def draw(sd_state, hint_folder, tmp_path, monkeypatch):
     torch.save({"state_dict": sd_state}, path := tmp_path / "sd" / "sd-v1-4.ckpt")
     table = hint_folder / "one.json"
     table.write_text((hint_folder / "prompt.json").read_text().splitlines()[0])
-    assert sample.OWN_CONTROLNET.relative_to(sample.HERE.parent) == Path("checkpoints", "controlnet_sd.safetensors")
     monkeypatch.setattr(sample, "OWN_CONTROLNET", tmp_path / "checkpoints" / "controlnet_sd.safetensors")
 
     def run(*flags):
@@ -116,10 +101,8 @@ def draw(sd_state, hint_folder, tmp_path, monkeypatch):
 def test_the_students_controlnet_is_found_else_the_line_says_where_it_should_be(
     draw, control_state, control_file, tmp_path
 ):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=f"{tmp_path}/sd/sd-v1-4.ckpt.*checkpoints/controlnet_sd.safetensors"):
         draw()
-    for part in (tmp_path / "sd" / "sd-v1-4.ckpt", "checkpoints/controlnet_sd.safetensors", "--controlnet", "train.py"):
-        assert str(part) in str(caught.value)
     assert not (tmp_path / "out").exists()
     named = draw("--controlnet", control_file)
     assert [path.name.startswith("sd-v1-4-") for path in (tmp_path / "cache").iterdir()] == [True]

@@ -37,9 +37,8 @@ def test_figures_have_their_rows_and_columns(draw, controlnet_folder):
     assert pictures["two.png"].width > (1 + 2 * figures.SEEDS) * CELL
     assert pictures["strength.png"].width == (1 + len(figures.STRENGTHS)) * CELL + 2
     strip = np.asarray(pictures["strength.png"]).astype(int)[-4 * CELL - 2 :]
-    hints, none, *_, full = (strip[:, 2 + k * CELL : 2 + k * CELL + 64] for k in range(1 + len(figures.STRENGTHS)))
+    none, *_, full = (strip[:, 2 + k * CELL : 2 + k * CELL + 64] for k in range(1, 1 + len(figures.STRENGTHS)))
     assert np.abs(none - full).max() > 0
-    assert hints.std() > 0
     both = draw("--only", "two", "--single", controlnet_folder)
     assert both["two.png"].height == pictures["two.png"].height + CELL, "a second ControlNet adds a row"
 

