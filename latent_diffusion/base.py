@@ -74,23 +74,14 @@ def to_fp32(*models: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Base:
-    """A latent diffusion whose weights stay as they are; all models on one device and of one dtype.
+    """A latent diffusion whose weights stay as they are; all models on one device and of one dtype."""
 
-    Attributes:
-        vae: between images and latents.
-        text_encoder: from tokens to the contexts that the U-Net attends to.
-        tokenizer: from prompts to tokens.
-        unet: called with latents, timesteps and contexts.
-        schedule: that the U-Net was trained with.
-        prediction: what the U-Net predicts: eps, x0 or v.
-    """
-
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    unet: UNet2DConditionModel
-    schedule: NoiseSchedule
-    prediction: str
+    vae: AutoencoderKL  # between images and latents
+    text_encoder: CLIPTextModel  # from tokens to the contexts that the U-Net attends to
+    tokenizer: CLIPTokenizer  # from prompts to tokens
+    unet: UNet2DConditionModel  # called with latents, timesteps and contexts
+    schedule: NoiseSchedule  # that the U-Net was trained with
+    prediction: str  # what the U-Net predicts: eps, x0 or v
 
     @property
     def factor(self) -> int:

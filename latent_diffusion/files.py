@@ -62,17 +62,11 @@ AT_ONCE = 2**26  # numbers that are read before the file is opened anew, which g
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A weights file, still on disk.
-
-    Attributes:
-        path: of the file.
-        shapes: of its tensors by their names, in the file's order.
-        about: facts that this project saved with them; empty for others' files.
-    """
+    """A weights file, still on disk."""
 
     path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    about: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]]  # of its tensors by their names, in the file's order
+    about: Mapping[str, Any] = field(default_factory=dict)  # what this project saved with them; empty for others' files
 
     def read(self, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of these names, in the file's order; each stays on disk until it is copied."""
@@ -112,17 +106,11 @@ class WeightsFile:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """One model's weights in a file.
-
-    Attributes:
-        file: has them.
-        stored: their names in the file by their names in the model.
-        shapes: tensors on the meta device by their names in the model.
-    """
+    """One model's weights in a file."""
 
     file: WeightsFile
-    stored: Mapping[str, str]
-    shapes: Mapping[str, Tensor]
+    stored: Mapping[str, str]  # their names in the file by their names in the model
+    shapes: Mapping[str, Tensor]  # tensors on the meta device by their names in the model
 
     def sizes(self, names: Mapping[str, str]) -> dict[str, Any]:
         """Sizes for a config, each the last dimension of a weight; a name with {} gives one for every level.
@@ -133,9 +121,8 @@ class ModelWeights:
         sizes = {}
         for size, name in names.items():
             levels = dict.fromkeys(name.format(level) for level in range(10))
-            found = [
-                self.shapes[level].shape[-1] for level in levels if level in self.shapes and self.shapes[level].ndim
-            ]
+            weights = [self.shapes[level] for level in levels if level in self.shapes]
+            found = [weight.shape[-1] for weight in weights if weight.ndim]
             if not found:
                 kind = self.file.describe()
                 raise UserError(f"{self.file.path}: is {kind} but lacks {name.format(0)}; name a whole file")
@@ -206,12 +193,8 @@ def open_weights(path: Path) -> WeightsFile:
 def find_weights(file: WeightsFile, prefix: str, convert: Callable[..., dict[str, Tensor]]) -> ModelWeights:
     """One model's weights in a file in the original layout.
 
-    Those that the conversion leaves out keep their names, so that they are complained about.
-
-    Args:
-        file: to look in.
-        prefix: that their original names start with.
-        convert: diffusers' function that converts such a model's state.
+    Their original names start with the prefix; `convert` is diffusers' function that converts such a model's state.
+    Those that it leaves out keep their names, so that they are complained about.
     """
     stored = file.locate(prefix)
     state = {name: torch.empty(file.shapes[own], device="meta") for name, own in stored.items()}

@@ -24,19 +24,12 @@ EXAMPLE = '{"source": "0.png", "target": "0.png", "prompt": "red circle with blu
 
 @dataclass(frozen=True)
 class Pair:
-    """One line of the table.
+    """One line of the table."""
 
-    Attributes:
-        source: the hint's file name, as it stands in the table.
-        target: the drawn image's, a path that stays within the folder it is joined to.
-        prompt: what to draw.
-        where: "prompt.json line 3", for complaints.
-    """
-
-    source: str
-    target: str
+    source: str  # the hint's file name, as it stands in the table
+    target: str  # the drawn image's, a path that stays within the folder it is joined to
     prompt: str
-    where: str
+    where: str  # "prompt.json line 3", for complaints
 
 
 def parse_pair(line: str, where: str) -> Pair:
