@@ -43,18 +43,23 @@ def wait_until(process, happened):
 def test_ten_kills_change_nothing(digits, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(digits, whole).wait() == 0
-    cut_saves = 0
-    for kill in range(10):
+    cut_saves, newest = 0, set()
+    for moment in ("any", "training", "save", "save", "training", "save", "any", "training", "save", "training"):
         before, process = set(killed.glob("state_*")), start(digits, killed)
-        wait_until(process, lambda before=before: set(killed.glob("state_*")) != before)
-        if kill % 2:
-            wait_until(process, lambda: unfinished(killed))
+        if moment == "any":
+            time.sleep(random.Random(process.pid).uniform(0, 6))
         else:
-            time.sleep(random.Random(process.pid).uniform(0, 0.4))
+            wait_until(process, lambda before=before: set(killed.glob("state_*")) != before)
+            if moment == "training":
+                time.sleep(random.Random(process.pid).uniform(0, 0.4))
+            else:
+                wait_until(process, lambda: unfinished(killed))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         cut_saves += bool(unfinished(killed))
+        newest.add(max((path.stem for path in killed.glob("state_*")), default="none"))
     assert cut_saves >= 1
+    assert len(newest) >= 5
     assert start(digits, killed).wait() == 0
     assert not unfinished(killed)
     for name in ("state_00000399", "state_00000400", "best", "model"):
