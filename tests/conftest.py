@@ -16,7 +16,7 @@ from common.schedule import NoiseSchedule
 from p1_ddpm.digits import DOMAINS
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
 
-pytest_plugins = ["tests.clip", "tests.stable_diffusion"]
+pytest_plugins = ["tests.stable_diffusion"]
 
 
 @pytest.fixture(autouse=True, scope="session")

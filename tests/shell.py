@@ -1,7 +1,6 @@
 """Commands as a user would call them, without the variables of an outer make."""
 
 import os
-import stat
 import subprocess
 from pathlib import Path
 
@@ -21,11 +20,3 @@ def call(*command, cwd: Path = ROOT, patience: float = 60, **environment) -> sub
     return subprocess.run(
         arguments, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=patience
     )
-
-
-def executable(path: Path, script: str) -> Path:
-    """Write a shell script that can be run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("#!/usr/bin/env bash\n" + script)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path

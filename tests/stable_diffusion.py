@@ -1,4 +1,4 @@
-"""Fixtures: a small Stable Diffusion with every part of the real one, as a folder and in the original layout."""
+"""Fixtures: a small Stable Diffusion with every part of the real one, as a folder and in the original layout; CLIP."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,19 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.sd_full_size import random_weights
 from latent_diffusion.files import PUBLISHED
 
 # Names and shapes in the published files.
 KEYS = json.loads(PUBLISHED.read_text())
+# A small CLIP, whose tokens are single letters.
+LETTERS = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+TOKENS = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+VOCABULARY = {token: k for k, token in enumerate(TOKENS)}
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+IDS = {"vocab_size": len(TOKENS), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
 
 def randomised(module: nn.Module, seed: int) -> nn.Module:
@@ -45,12 +51,8 @@ def make_unet(seed: int = 0) -> UNet2DConditionModel:
 def pipeline_folder(tmp_path_factory) -> Path:
     """A small Stable Diffusion of random weights, as diffusers saves it: 64x64 pictures, v, a token a letter."""
     torch.manual_seed(4)
-    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={token: k for k, token in enumerate(tokens)}, merges=[], model_max_length=77)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    ids = {"vocab_size": len(tokens), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    text_config = CLIPTextConfig(**sizes, **ids)
+    tokenizer = CLIPTokenizer(vocab=VOCABULARY, merges=[], model_max_length=77)
+    text_config = CLIPTextConfig(**SIZES, **IDS)
     vae = AutoencoderKL(
         block_out_channels=(4, 4, 8, 8),
         down_block_types=["DownEncoderBlock2D"] * 4,
@@ -72,6 +74,22 @@ def pipeline_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    """A small CLIP of random weights in transformers' format."""
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config=SIZES | IDS | {"max_position_embeddings": 20, "projection_dim": 8},
+        vision_config=SIZES | {"image_size": 32, "patch_size": 16, "projection_dim": 8},
+        projection_dim=8,
+    )
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    CLIPModel(config).save_pretrained(folder)
+    CLIPTokenizer(vocab=VOCABULARY, merges=[], model_max_length=20).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+    return folder
+
+
 def narrow(name: str, shape: list[int]) -> tuple[int, ...]:
     """A shape of Stable Diffusion v1 or its ControlNet with fewer channels; the vocabulary and positions stay whole."""
     part = name.split(".")[0]
@@ -80,21 +98,16 @@ def narrow(name: str, shape: list[int]) -> tuple[int, ...]:
     return tuple(size if size in kept else size // (16 if size in (768, 3072) else scale) for size in shape)
 
 
-def original_state(layout: str) -> dict[str, torch.Tensor]:
-    """Random weights of moderate size under the names of an original file: `sd_v1` or `controlnet`."""
-    return random_weights({name: narrow(name, shape) for name, shape in KEYS[layout].items()})
-
-
 @pytest.fixture(scope="session")
 def sd_state() -> dict[str, torch.Tensor]:
     """A whole Stable Diffusion v1 with a tenth of the channels, as its original file names it."""
-    return original_state("sd_v1")
+    return random_weights({name: narrow(name, shape) for name, shape in KEYS["sd_v1"].items()})
 
 
 @pytest.fixture(scope="session")
 def control_state() -> dict[str, torch.Tensor]:
     """A ControlNet for it, as the original ControlNet's file names it."""
-    return original_state("controlnet")
+    return random_weights({name: narrow(name, shape) for name, shape in KEYS["controlnet"].items()})
 
 
 @pytest.fixture(scope="session")
