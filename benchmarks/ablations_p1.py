@@ -33,16 +33,14 @@ DRAWN = {
 SHIPPED = {"weights": (WEIGHTS, "digit weights")} | DRAWN
 SCALE, SCALES = {"scale": (6.0, "guidance scale")}, {"scales": ([1.0, 2.0, 4.0, 6.0, 8.0, 12.0], "guidance scales")}
 STEPS = {"steps": ([5, 10, 20, 50], "numbers of steps")}
-TRAINED = (
-    DRAWN
-    | RUNS
-    | {
-        "scale": (2.0, "guidance scale"),
-        "training_steps": (2400, "steps of each training"),
-        "batch_size": (64, "images in a step"),
-        "widths": ([64, 128], "channels of each level"),
-    }
-)
+TRAINED = {
+    **DRAWN,
+    **RUNS,
+    "scale": (2.0, "guidance scale"),
+    "training_steps": (2400, "steps of each training"),
+    "batch_size": (64, "images in a step"),
+    "widths": ([64, 128], "channels of each level"),
+}
 FACTS = "{count} images of each digit and domain, seed {seed}, "
 GUIDED = FACTS + "guidance {scale}, 10 steps of DPM-Solver++"
 TRAINING = "Two trainings of {training_steps} steps of {batch_size} images, widths {widths}, rate 0.001, seed 0; then "
@@ -89,11 +87,7 @@ def measure_steps(settings: Settings) -> Rows:
 
 
 class SeparateContext(nn.Module):
-    """The row of a class as the sum of its domain's and its digit's; the null label has its own of each.
-
-    Args:
-        width: of the rows.
-    """
+    """The row of a class as the sum of its domain's and its digit's; the null label has its own of each."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -90,15 +90,13 @@ def measure_slerp(settings: Settings) -> Rows:
     sampler, noises = load_faces(settings)
     if len(noises) < 2:
         raise UserError(f"{settings['noise']}: holds one noise; give two or more")
-    shell, rows = math.sqrt(noises[0].xt.numel()), []
+    shell, plain, rows = math.sqrt(noises[0].xt.numel()), replace(PLAIN, steps=settings["steps"]), []
     for alpha in settings["alphas"]:
         row = {"variant": f"{alpha:g}"}
         for name, way in METHODS.items():
             path = [Noise(f"{a.name}-{b.name}", way(a.xt, b.xt, alpha)) for a, b in pairwise(noises)]
             row[f"length, {name}"] = torch.stack([noise.xt.norm() for noise in path]).mean().item() / shell
-            row[f"deviation of pixels, {name}"] = deviation(
-                sampler.pictures(path, replace(PLAIN, steps=settings["steps"]))
-            )
+            row[f"deviation of pixels, {name}"] = deviation(sampler.pictures(path, plain))
         rows.append(row)
     return rows
 

@@ -131,11 +131,8 @@ def measure_prior(settings: Settings) -> Rows:
             pictures = draw_prompts(knowing, items, options).permute(0, 2, 3, 1).numpy()
             differences += [disc_difference(picture, colours[entry.number]) for picture in pictures]
         median, near = float(np.median(differences)), float((np.asarray(differences) <= NEAR).mean())
-        figures = (
-            median if np.isfinite(median) else None,
-            near,
-            (after.double() - before.double()).square().mean().item(),
-        )
+        change = (after.double() - before.double()).square().mean().item()
+        figures = median if np.isfinite(median) else None, near, change
         rows.append({"variant": variant} | dict(zip(CHANGES, figures)))
     return rows
 

@@ -71,15 +71,12 @@ class StandIn(nn.Module):
     """A random face network beside the exact denoiser of Gaussian data with deviation 1/2; it predicts eps.
 
     A random network alone is no denoiser: every step would multiply rounding errors, until two correct samplers differ.
-
-    Args:
-        network: its layers that start at zero are drawn anew.
-        share: how much of its output is added.
+    Layers that start at zero are drawn anew.
     """
 
-    def __init__(self, network: FaceUNet, share: float = 0.3):
+    def __init__(self, network: FaceUNet):
         super().__init__()
-        self.network, self.config, self.share = network, network.config, share
+        self.network, self.config = network, network.config
         self.alphas_cumprod = NoiseSchedule(**COURSE["schedule"]).alphas_cumprod
         for module in network.modules():
             if isinstance(module, nn.Conv2d) and not module.weight.any():
@@ -87,7 +84,7 @@ class StandIn(nn.Module):
 
     def forward(self, xt: Tensor, t: Tensor) -> Tensor:
         a = self.alphas_cumprod.to(xt)[t][:, None, None, None]
-        return (1 - a).sqrt() / (a / 4 + 1 - a) * xt + self.share * self.network(xt, t)
+        return (1 - a).sqrt() / (a / 4 + 1 - a) * xt + 0.3 * self.network(xt, t)
 
 
 def draw_faces(sampler: FaceSampler, noises: Sequence[Noise], options: DDIMOptions) -> Tensor:

@@ -60,13 +60,7 @@ PLAIN_STEPS, PLAIN_IMAGES = 2, 8  # of 1000 steps and of the digits, that the pl
 
 
 def time_in_turn(works: Mapping[str, Work], repeats: int, warm_up: bool = True) -> tuple[dict[str, float], Figures]:
-    """Median seconds of each work, and what it last returned.
-
-    Args:
-        works: by their names; they take turns.
-        repeats: runs of each.
-        warm_up: run each once before, uncounted.
-    """
+    """Median seconds of each work, and what it last returned; they take turns, uncounted in the first if `warm_up`."""
     seconds, results = {name: [] for name in works}, {}
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     with Progress((warm_up + repeats) * len(works), "timing", "run") as phase:
@@ -112,11 +106,10 @@ def measure_digits(args) -> Figures:
     options = DigitOptions(steps=args.steps, batch_size=args.batch_size)
     sampler = DigitSampler(args.weights, args.device, args.precision)
     digits = wanted_digits(sampler.domains, "2025", None, 50)[: args.images]
+    batches = in_batches(digits, args.batch_size)
     works = {
         "ours": lambda: list(sampler.images(digits, options)),
-        "diffusers": lambda: [
-            peers.draw_digits(sampler, batch, options) for batch in in_batches(digits, args.batch_size)
-        ],
+        "diffusers": lambda: [peers.draw_digits(sampler, batch, options) for batch in batches],
         "plain": peers.prepare_plain_digits(PLAIN_IMAGES, PLAIN_STEPS, args.device),
     }
     seconds, _ = time_in_turn(works, args.repeats)
@@ -179,11 +172,10 @@ def measure_faces(args) -> Figures:
     noises = random_noises(args.images, (sampler.shape[0], size, size), seed=0)
     batch_size = args.batch_size or sampler.pick_batch_size(size, size)
     options, few = DDIMOptions(steps=args.steps, batch_size=str(batch_size)), noises[: args.loop_images]
+    batches = in_batches(noises, batch_size)
     works = {
         "ours": lambda: sampler.pictures(noises, options),
-        "diffusers": lambda: torch.cat(
-            [peers.draw_faces(sampler, batch, options) for batch in in_batches(noises, batch_size)]
-        ),
+        "diffusers": lambda: torch.cat([peers.draw_faces(sampler, batch, options) for batch in batches]),
         "plain": lambda: torch.cat([peers.draw_plainly(plain, about, noise.xt[None], args.steps) for noise in few]),
     }
     sampler.pictures(noises[:batch_size], replace(options, steps=1))  # warms up, and compiles
@@ -208,10 +200,8 @@ def measure_circles(args) -> Figures:
     options = HintOptions(steps=args.steps, batch_size=args.batch_size, guidance_scale=about.get("guidance_scale"))
     pairs = (read_pairs(args.examples / "prompt.json") * args.images)[: args.images]
     items = list(zip(pairs, read_hints(pairs, args.examples, sampler.sides(options)[0])))
-    pipeline, batches = (
-        peers.load_pipeline(args.base, args.controlnet, args.device, dtype),
-        in_batches(items, args.batch_size),
-    )
+    batches = in_batches(items, args.batch_size)
+    pipeline = peers.load_pipeline(args.base, args.controlnet, args.device, dtype)
     works = {
         "ours": lambda: torch.stack([picture for _, picture in sampler.images(items, options)]),
         "diffusers": lambda: torch.cat([pipeline(batch, sampler.noise(batch, options), options) for batch in batches]),

@@ -25,16 +25,7 @@ ARGUMENTS = {
 NO_OUTPUT = {
     "hw2_1.sh": ["", "''", "--seed 3"],
     "hw2_2.sh": ["''", "noise", "noise ''", "noise --eta 1", "'' out"],
-    "hw2_3.sh": [
-        "''",
-        "json",
-        "json hint",
-        "json hint ''",
-        "json '' out",
-        "'' hint out",
-        "json hint -q",
-        "json -q out",
-    ],
+    "hw2_3.sh": ["''", "json", "json hint", "json hint ''", "json '' out", "'' hint out", "json hint -q", "json -q o"],
     "hw2_3_2024.sh": ["''", "json", "json ''", "'' out", "json --seed 1"],
 }
 
