@@ -1,13 +1,10 @@
-"""Small weights for every tab, and a way to look at what the tabs show."""
+"""Small weights for every tab."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from common.checkpoint import save_tensors
 from common.schedule import NoiseSchedule
@@ -57,34 +54,3 @@ def custom_file(pipeline_folder, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("custom") / "custom.safetensors"
     save_custom(path, base, words, matrices, {})
     return path
-
-
-@pytest.fixture(scope="session")
-def shrunk() -> Callable[[Image.Image, int], np.ndarray]:
-    """A function that undoes the enlargement of a picture to `side` pixels."""
-
-    def shrink(picture: Image.Image, side: int) -> np.ndarray:
-        pixels = np.asarray(picture)
-        scale = len(pixels) // side
-        assert scale > 1
-        assert np.array_equal(pixels, pixels[::scale, ::scale].repeat(scale, 0).repeat(scale, 1))
-        return pixels[::scale, ::scale]
-
-    return shrink
-
-
-@pytest.fixture(scope="session")
-def last() -> Callable[[Iterator[tuple]], tuple]:
-    """A function that lets a drawing run to its end, looks at its progress, and returns the last it yields."""
-
-    def run(drawing: Iterator[tuple]) -> tuple:
-        yielded = list(drawing)
-        statuses = [values[-1] for values in yielded]
-        total = len(yielded) - 1
-        assert [(status.done, status.total) for status in statuses] == [(k, total) for k in range(1, total + 1)] + [
-            (0, 0)
-        ]
-        assert statuses[-1].text.startswith("Done.")
-        return yielded[-1]
-
-    return run

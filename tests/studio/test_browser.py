@@ -19,9 +19,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 INSTALL = (
-    "this test needs Gradio, Playwright and Chromium. Gradio: make studio. Playwright: .venv-studio/bin/python -m pip"
-    " install playwright. Chromium: apt-get install chromium, or CHROMIUM=/path/to/it. Then:"
-    " .venv-studio/bin/python -m pytest -m slow tests/studio"
+    "this test needs Gradio (make studio), Playwright (.venv-studio/bin/python -m pip install playwright) and Chromium"
+    " (apt-get install chromium, or CHROMIUM=/path/to/it); then .venv-studio/bin/python -m pytest -m slow tests/studio"
 )
 PATIENCE = 300_000  # milliseconds: another program may have the processor
 
@@ -88,7 +87,8 @@ def page(browser, address) -> Iterator:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(PATIENCE)
     complaints = []
-    page.on("request", lambda request: None if local(request.url, address) else complaints.append(request.url))
+    own = address, "data:", "blob:"
+    page.on("request", lambda request: None if request.url.startswith(own) else complaints.append(request.url))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.goto(address)
@@ -97,18 +97,19 @@ def page(browser, address) -> Iterator:
     assert complaints == []
 
 
-def local(url: str, address: str) -> bool:
-    return url.startswith((address, "data:", "blob:"))
-
-
 def tab(page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
+
+
+def tell(page, place: str, text: str) -> None:
+    """Wait until a place has a text."""
+    page.locator(place, has_text=text).wait_for()
 
 
 def draw(page, name: str) -> None:
     """Click, and wait until it is done."""
     page.locator(f"#{name}-draw").click()
-    page.locator(f"#{name}-status", has_text="Done.").wait_for()
+    tell(page, f"#{name}-status", "Done.")
 
 
 def sizes(page, place: str) -> list[int]:
@@ -135,20 +136,20 @@ def test_digits_and_the_way_there(page):
     tab(page, "Digits")
     assert sizes(page, "#digits-xt") == []
     draw(page, "digits")
-    assert sizes(page, "#digits-xt") == sizes(page, "#digits-x0") == [4 * 114 + 2]
-    assert source(page, "#digits-xt") == source(page, "#digits-x0")
+    assert sizes(page, "#digits-xt") == sizes(page, "#digits-the") == [4 * 114 + 2]
+    assert source(page, "#digits-xt") == source(page, "#digits-the")
     end = source(page, "#digits-xt")
     slider = page.locator("#digits-walk input[type=range]")
     assert slider.get_attribute("max") == "10"
     slider.focus()
     page.keyboard.press("Home")
-    page.locator("#digits-xt", has_text="xt at t = 999").wait_for()
-    assert source(page, "#digits-xt") not in (end, source(page, "#digits-x0"))
+    tell(page, "#digits-xt", "xt at t = 999")
+    assert source(page, "#digits-xt") not in (end, source(page, "#digits-the"))
 
 
 def test_a_mistake_is_told_once_and_mended(page):
     tab(page, "Digits")
-    seed = page.get_by_label("seed").locator("visible=true")
+    seed = page.locator("#digits-seed input")
     seed.fill("")
     page.locator("#digits-draw").click()
     alert = page.locator("#digits-status [role=alert]")
@@ -161,13 +162,13 @@ def test_a_mistake_is_told_once_and_mended(page):
 
 def test_faces_come_when_their_weights_do(page, face_file, face_weights):
     tab(page, "Two faces")
-    notice = page.locator("#faces-notice [role=note]")
+    notice = page.locator("#faces-note [role=note]")
     notice.wait_for()
     assert str(face_file) in notice.inner_text()
-    page.locator("#faces-lengths td", has_text="110.9").wait_for()  # sqrt(3 x 64 x 64)
+    tell(page, "#faces-told", "√D = 110.9")  # sqrt(3 x 64 x 64)
     page.locator("#faces-plot img").wait_for()
     page.locator("#faces-draw").click()
-    page.locator("#faces-status [role=alert]", has_text="no face weights there").wait_for()
+    tell(page, "#faces-status [role=alert]", "no such weights file")
     shutil.copy(face_weights, face_file)
     draw(page, "faces")
     for name in ("first", "slerp", "lerp", "second"):
@@ -192,40 +193,50 @@ def test_circles_go_where_one_clicks(page):
     assert prompt.input_value() == "gold circle and navy circle with pink background"
     before, box = source(page, "#circles-hint"), hint.bounding_box()
     # The left circle goes to the right of the other, so the sentence turns round.
-    page.locator("#circle-2 input[type=number]").first.fill("20")
-    page.locator("#circle-2 input[type=number]").first.press("Enter")
+    page.locator("#circles-x2 input[type=number]").fill("20")
+    page.locator("#circles-x2 input[type=number]").press("Enter")
     page.wait_for_function(
         "document.querySelector('#circles-prompt textarea').value == 'navy circle and gold circle with pink background'"
     )
     page.wait_for_function("before => document.querySelector('#circles-hint img').src != before", arg=before)
     hint.click(position={"x": 0.8 * box["width"], "y": 0.3 * box["height"]})
-    page.wait_for_function("document.querySelector('#circle-1 input[type=number]').value == '80'")
+    page.wait_for_function("document.querySelector('#circles-x1 input[type=number]').value == '80'")
     draw(page, "circles")
     assert sizes(page, "#circles-picture") == [384]
-    page.locator("#circle-1 input[type=number]").first.fill("")
+    page.locator("#circles-x1 input[type=number]").fill("")
     alert = page.locator("#circles-told [role=alert]")
     alert.wait_for()
     assert alert.inner_text() == "circle 1: x is empty: choose from 0 to 100"
-    page.locator("#circle-1 input[type=number]").first.fill("30")
+    page.locator("#circles-x1 input[type=number]").fill("30")
     alert.wait_for(state="detached")
     assert "Done." in page.locator("#circles-status").inner_text()
 
 
 def test_learned_words(page):
     tab(page, "Learned words")
-    page.locator("#words-tokens", has_text="<new1>, <new2>").wait_for()
-    assert page.locator("#words-notice [role=note]").count() == 0
+    tell(page, "#words-note", "Learned: <new1>, <new2>")
     prompt = page.locator("#words-prompt textarea")
     prompt.fill("a <new2> here")
     page.locator("#words-draw").click()
-    page.locator("#words-status [role=alert]", has_text="<new2> is no learned word").wait_for()
+    tell(page, "#words-status [role=alert]", "<new2> is no learned word")
     prompt.fill("a <new1> here")
     draw(page, "words")
-    assert sizes(page, "#words-picture") == [4 * 258 + 2]
-    before = source(page, "#words-picture")
+    assert sizes(page, "#words-pictures") == [4 * 258 + 2]
+    before = source(page, "#words-pictures")
     prompt.fill("a <new2> here")
     page.get_by_label("Custom Diffusion").check()
     page.locator("#words-draw").click()
-    page.wait_for_function("before => document.querySelector('#words-picture img')?.src != before", arg=before)
-    page.locator("#words-status", has_text="Done.").wait_for()
-    assert sizes(page, "#words-picture") == [4 * 258 + 2]
+    page.wait_for_function("before => document.querySelector('#words-pictures img')?.src != before", arg=before)
+    tell(page, "#words-status", "Done.")
+    assert sizes(page, "#words-pictures") == [4 * 258 + 2]
+
+
+def test_a_drawing_stops(page):
+    tab(page, "Digits")
+    page.locator("#digits-steps input[type=number]").fill("200")
+    page.locator("#digits-draw").click()
+    tell(page, "#digits-status", "of 200")
+    page.locator("#digits-stop").click()
+    tell(page, "#digits-status", "Stopped.")
+    page.locator("#digits-steps input[type=number]").fill("2")
+    draw(page, "digits")

@@ -1,42 +1,51 @@
-"""Values of the page are checked, and weights are read again when they change."""
+"""Values of the page are checked, weights are read again when they change, and what comes from outside is no markup."""
 
+import base64
+import io
 import math
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from common.cli import UserError
-from studio.parts import Kept, choice, number, whole
+from studio.parts import Control, Kept, complaint, figure, line, notice
+
+NASTY = '<img src=x onerror="alert(1)">'
 
 
 @pytest.mark.parametrize("value", [None, "7", math.nan, math.inf, -0.1, 10.1])
 def test_numbers_in_range_only(value):
+    guidance = Control("guidance", 2, 0, 10, step=0.5)
     with pytest.raises(UserError, match=r"^guidance .* choose from 0 to 10$"):
-        number("guidance", value, 0, 10)
-    assert number("guidance", 10, 0, 10) == 10.0
+        guidance.check(value)
+    assert guidance.check(10) == 10.0
 
 
-def test_whole_numbers():
-    assert whole("seed", 3.0, 0, 9) == 3
+def test_whole_numbers_choices_and_texts():
+    assert Control("seed", 0, 0, 9).check(3.0) == 3
     with pytest.raises(UserError, match=r"^seed 3\.5: choose a whole number$"):
-        whole("seed", 3.5, 0, 9)
-
-
-def test_choices():
-    assert choice("sampler", "ddim", ("ddpm", "ddim")) == "ddim"
+        Control("seed", 0, 0, 9).check(3.5)
+    sampler = Control("sampler", "ddim", options=("ddpm", "ddim"))
+    assert sampler.check("ddpm") == "ddpm"
     with pytest.raises(UserError, match=r"^sampler is empty: choose ddpm, ddim$"):
-        choice("sampler", None, ("ddpm", "ddim"))
+        sampler.check(None)
+    assert [Control("prompt", "").check(text) for text in (None, " 🟡\n🟣 ")] == ["", "🟡 🟣"]
 
 
 class TestKept:
     def test_a_file_that_changes_is_read_again(self, tmp_path):
         file, calls = tmp_path / "weights", []
         kept = Kept(lambda path: calls.append(path) or path.read_text())
+        with pytest.raises(FileNotFoundError):
+            kept(file)
         file.write_text("one")
         assert [kept(file), kept(file)] == ["one", "one"]
-        assert len(calls) == 1
+        assert len(calls) == 2
         file.write_text("two")
         os.utime(file, ns=(1, 1))
         assert kept(file) == "two"
@@ -62,10 +71,22 @@ class TestKept:
             list(pool.map(lambda kept: kept(tmp_path), [Kept(read) for _ in range(3)]))
         assert most == [1, 1, 1]
 
-    def test_what_failed_is_tried_again(self, tmp_path):
-        file = tmp_path / "weights"
-        kept = Kept(lambda path: path.read_text())
-        with pytest.raises(FileNotFoundError):
-            kept(file)
-        file.write_text("here")
-        assert kept(file) == "here"
+
+def test_text_is_escaped():
+    for markup in (
+        figure(NASTY),
+        figure(NASTY, Image.new("RGB", (2, 2))),
+        line(NASTY),
+        complaint(NASTY),
+        notice(NASTY),
+    ):
+        assert NASTY not in markup
+        assert "&lt;img src=x onerror=&quot;alert(1)&quot;&gt;" in markup
+    assert notice("") == ""
+
+
+def test_a_figure_carries_its_picture():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    data = re.search(r'src="data:image/png;base64,([^"]+)"', figure("noise", Image.fromarray(pixels)))[1]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), pixels)
+    assert "<img" not in figure("nothing yet")
