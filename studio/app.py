@@ -107,6 +107,7 @@ def start(args: Namespace) -> Any:
             share=False,
             ssr_mode=False,
             enable_monitoring=False,
+            _frontend=False,  # no look at its own address, which fails behind a proxy or on a busy machine
         )
     except OSError:
         mend = "taken, or no address of this machine; choose another"
