@@ -80,11 +80,7 @@ def make_pages(args: Namespace) -> list[Page]:
 
 
 def start(args: Namespace) -> Any:
-    """Start the server in a thread of its own; returns Gradio's page, whose `close` stops it.
-
-    Raises:
-        UserError: Gradio is not installed, there is no such device, or the address cannot be listened on.
-    """
+    """Start the server in a thread, and return Gradio's page; a `UserError` without Gradio, device or free address."""
     os.environ.update(OFFLINE)
     try:
         from starlette.middleware import Middleware
@@ -94,21 +90,12 @@ def start(args: Namespace) -> Any:
         mend = "run make studio, or install it with pip install -r"
         raise UserError(f"the studio needs {REQUIREMENTS} ({error}); {mend}") from None
     page = tabs.make_page(*make_pages(args))
+    options = {"theme": tabs.THEME, "css": tabs.CSS, "app_kwargs": {"middleware": [Middleware(with_policy)]}}
+    options |= {"quiet": True, "prevent_thread_lock": True, "footer_links": []}
+    # _frontend is a look at its own address, which fails behind a proxy or on a busy machine.
+    options |= dict.fromkeys(("share", "ssr_mode", "enable_monitoring", "_frontend"), False)
     try:
-        page.queue(max_size=16).launch(
-            server_name=args.host,
-            server_port=args.port,
-            quiet=True,
-            footer_links=[],
-            theme=tabs.THEME,
-            css=tabs.CSS,
-            app_kwargs={"middleware": [Middleware(with_policy)]},
-            prevent_thread_lock=True,
-            share=False,
-            ssr_mode=False,
-            enable_monitoring=False,
-            _frontend=False,  # no look at its own address, which fails behind a proxy or on a busy machine
-        )
+        page.queue(max_size=16).launch(server_name=args.host, server_port=args.port, **options)
     except OSError:
         mend = "taken, or no address of this machine; choose another"
         raise UserError(f"--host {args.host} --port {args.port}: {mend}") from None

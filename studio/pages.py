@@ -15,11 +15,10 @@ from common.checkpoint import open_safetensors
 from common.cli import UserError, check, options_from
 from common.images import grid, to_pil, to_uint8
 from latent_diffusion.drawing import PromptOptions, PromptSampler
-from latent_diffusion.miniature import BASE
 from latent_diffusion.miniature.colours import COLOURS
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_hint, read_prompt
 from latent_diffusion.pairs import Pair
-from p1_ddpm.digits import DOMAINS, Digit, joint_label
+from p1_ddpm.digits import DOMAINS, Digit
 from p1_ddpm.sample import DigitOptions, DigitSampler
 from p2_ddim.figures import plot_lengths
 from p2_ddim.interpolate import METHODS, between
@@ -67,7 +66,6 @@ class Digits(Page):
         A moment is t, xt, and the x0 predicted from it, both uint8 (N, 3, H, W); the end is None and twice the images.
         """
         sampler, options = self.read(self.weights), options_from(Namespace(**values), DigitOptions)
-        joint_label(sampler.domains, values["domain"], values["label"])
         check("steps", options.steps, options.steps <= sampler.schedule.T, f"at most {sampler.schedule.T}")
         digits = [Digit(values["domain"], values["label"], k + 1) for k in range(values["count"])]
         xt, moments = to_uint8(sampler.noise(digits, options)), []
@@ -212,10 +210,8 @@ class Circles(Page):
 
     def remark(self, values: Values) -> str:
         """What to expect of a prompt that the miniature has seen nothing like."""
-        if self.args.base.resolve() != BASE.resolve():
-            return ""
         colours, background = read_prompt(values["prompt"]) or ([], "")
-        known = COLOURS.keys() >= {*colours, background}
+        known = COLOURS.keys() >= {*colours, background} or not generate.is_miniature(self.args.base)
         return "" if known else "The miniature has only read sentences like the first one, with the lists' colours."
 
 
@@ -224,9 +220,8 @@ class Words(Page):
 
     name, title, figures, unit = "words", "Learned words", ("pictures",), ("picture", "count")
     text = (
-        "A learned word is a row of the text encoder's table that was trained on a few pictures of one thing, while all"
-        " other weights stayed as they were. Write it into the prompt like any other word. Custom Diffusion learned the"
-        " words together with matrices of the U-Net: it alone can put two learned words into one picture."
+        "A learned word is a row of the text encoder's table, trained on a few pictures of one thing. Custom Diffusion"
+        " learned it with matrices of the U-Net, and alone can put two learned words into one picture."
     )
 
     def __init__(self, args: Namespace):

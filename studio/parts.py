@@ -122,10 +122,7 @@ class Page:
         return ""
 
     def steps(self, values: Values) -> Iterator[Any]:
-        """Draw with checked values; yields in every step what to show: `Figures`, unless the tab knows better.
-
-        A `UserError` where this cannot be drawn, or weights are missing or broken.
-        """
+        """Draw checked values: yield `Figures` in every step, or what the tab makes them of; may raise `UserError`."""
         raise NotImplementedError
 
     def remark(self, values: Values) -> str:

@@ -38,8 +38,7 @@ CSS = """
 .studio-notice { color: #713f12; background: #fef9c3; }
 [id$="-note"]:not(:has([role])), [id$="-told"]:not(:has([role])) { display: none; }
 #faces-plot figure { max-width: 40rem; }
-#circles-outlines { order: -1; }
-#circles-outlines img { cursor: crosshair; }
+#circles-outlines { order: -1; cursor: crosshair; }
 """
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # that the machine has
 THEME = gr.themes.Default(primary_hue="indigo", **FONTS)
@@ -69,9 +68,8 @@ class Tab:
             with gr.Row():
                 with gr.Column(scale=1, min_width=300):
                     with gr.Row():
-                        about = {"variant": "primary", "scale": 3, "min_width": 60}
-                        self.button = gr.Button("Draw", elem_id=f"{page.name}-draw", **about)
-                        self.stop = gr.Button("Stop", scale=1, min_width=60, elem_id=f"{page.name}-stop")
+                        self.button = gr.Button("Draw", elem_id=f"{page.name}-draw", variant="primary", min_width=150)
+                        self.stop = gr.Button("Stop", elem_id=f"{page.name}-stop", min_width=60)
                     self.status, self.told = self.html("status", line()), self.html("told")
                     for row in page.controls:
                         with gr.Row():
@@ -103,17 +101,14 @@ class Tab:
                 yield {self.status: complaint(f"{type(error).__name__}: {error} (more in the terminal)")}
 
         inputs, outputs = [*self.controls.values()], [*self.figures, *more, self.status]
-        # Drawings take turns, since each wants all cores.
-        turns = {"concurrency_id": "drawing", "concurrency_limit": 1}
+        turns = {"concurrency_id": "drawing", "concurrency_limit": 1}  # since each wants all cores
         event = gr.on([self.button.click, *triggers], draw, inputs, outputs, **turns, **UNCHECKED)
         self.stop.click(lambda: line("Stopped."), None, self.status, cancels=[event], show_progress="hidden")
         for trigger in (self.blocks.load, event.then):
             self.answer(trigger, lambda *_: {self.note: notice(self.page.note())}, self.note)
 
     def answer(self, on: Callable, change: Callable, told: gr.HTML, *more: gr.Component) -> None:
-        """Answer the events that `on` listens to: `change` is from an event and the values of the page's live controls
-        to changes of these, of `more`, and of `told`, where mistakes are told.
-        """
+        """Answer events at once: `change` is from one and the live controls' values to changes of these and more."""
         names = [name for row in self.page.live for name in row]
 
         def change_or_tell(event: gr.EventData, *inputs: Any) -> Changes:
@@ -165,7 +160,6 @@ def add_circles(page: Circles, blocks: gr.Blocks) -> None:
     with tab.row:
         outlines = tab.html("outlines", figure("outlines"), js_on_load=CLICK)
     changes = [tab.controls[name].change for row in page.live for name in row]
-    guidance = tab.controls["guidance_scale"]
 
     def outline(_: gr.EventData, values: Values) -> Changes:
         found, picture = page.preview(values)
@@ -177,8 +171,9 @@ def add_circles(page: Circles, blocks: gr.Blocks) -> None:
     tab.draw_on()
     tab.answer(partial(gr.on, [blocks.load, *changes]), outline, tab.told, outlines, sentence)
     tab.answer(outlines.click, put, tab.told)
+    guidance, prompt = tab.controls["guidance_scale"], tab.controls["prompt"]
     tab.answer(blocks.load, lambda *_: {guidance: page.sampler()[1].scale}, tab.note, guidance)
-    sentence.change(lambda found: found, sentence, tab.controls["prompt"], **AT_ONCE)
+    sentence.change(lambda found: found, sentence, prompt, **AT_ONCE)
 
 
 def make_page(digits: Digits, faces: Faces, circles: Circles, words: Page) -> gr.Blocks:

@@ -187,18 +187,18 @@ def test_faces_come_when_their_weights_do(page, face_file, face_weights):
 
 def test_circles_go_where_one_clicks(page):
     tab(page, "Circles")
-    hint = page.locator("#circles-hint img")
+    hint = page.locator("#circles-outlines img")
     hint.wait_for()
     prompt = page.locator("#circles-prompt textarea")
     assert prompt.input_value() == "gold circle and navy circle with pink background"
-    before, box = source(page, "#circles-hint"), hint.bounding_box()
+    before, box = source(page, "#circles-outlines"), hint.bounding_box()
     # The left circle goes to the right of the other, so the sentence turns round.
     page.locator("#circles-x2 input[type=number]").fill("20")
     page.locator("#circles-x2 input[type=number]").press("Enter")
     page.wait_for_function(
         "document.querySelector('#circles-prompt textarea').value == 'navy circle and gold circle with pink background'"
     )
-    page.wait_for_function("before => document.querySelector('#circles-hint img').src != before", arg=before)
+    page.wait_for_function("before => document.querySelector('#circles-outlines img').src != before", arg=before)
     hint.click(position={"x": 0.8 * box["width"], "y": 0.3 * box["height"]})
     page.wait_for_function("document.querySelector('#circles-x1 input[type=number]').value == '80'")
     draw(page, "circles")
