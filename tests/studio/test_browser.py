@@ -153,7 +153,6 @@ def test_a_mistake_is_told_once_and_mended(page):
     seed.fill("")
     page.locator("#digits-draw").click()
     alert = page.locator("#digits-status [role=alert]")
-    alert.wait_for()
     assert alert.inner_text() == "seed is empty: choose from 0 to 2147483647"
     seed.fill("3")
     draw(page, "digits")
@@ -163,7 +162,6 @@ def test_a_mistake_is_told_once_and_mended(page):
 def test_faces_come_when_their_weights_do(page, face_file, face_weights):
     tab(page, "Two faces")
     notice = page.locator("#faces-note [role=note]")
-    notice.wait_for()
     assert str(face_file) in notice.inner_text()
     tell(page, "#faces-told", "√D = 110.9")  # sqrt(3 x 64 x 64)
     page.locator("#faces-plot img").wait_for()
@@ -188,13 +186,13 @@ def test_faces_come_when_their_weights_do(page, face_file, face_weights):
 def test_circles_go_where_one_clicks(page):
     tab(page, "Circles")
     hint = page.locator("#circles-outlines img")
-    hint.wait_for()
     prompt = page.locator("#circles-prompt textarea")
     assert prompt.input_value() == "gold circle and navy circle with pink background"
-    before, box = source(page, "#circles-outlines"), hint.bounding_box()
+    before, box = hint.get_attribute("src"), hint.bounding_box()
     # The left circle goes to the right of the other, so the sentence turns round.
-    page.locator("#circles-x2 input[type=number]").fill("20")
-    page.locator("#circles-x2 input[type=number]").press("Enter")
+    x1, x2 = (page.locator(f"#circles-x{k} input[type=number]") for k in (1, 2))
+    x2.fill("20")
+    x2.press("Enter")
     page.wait_for_function(
         "document.querySelector('#circles-prompt textarea').value == 'navy circle and gold circle with pink background'"
     )
@@ -203,11 +201,10 @@ def test_circles_go_where_one_clicks(page):
     page.wait_for_function("document.querySelector('#circles-x1 input[type=number]').value == '80'")
     draw(page, "circles")
     assert sizes(page, "#circles-picture") == [384]
-    page.locator("#circles-x1 input[type=number]").fill("")
+    x1.fill("")
     alert = page.locator("#circles-told [role=alert]")
-    alert.wait_for()
     assert alert.inner_text() == "circle 1: x is empty: choose from 0 to 100"
-    page.locator("#circles-x1 input[type=number]").fill("30")
+    x1.fill("30")
     alert.wait_for(state="detached")
     assert "Done." in page.locator("#circles-status").inner_text()
 
