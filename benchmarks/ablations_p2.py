@@ -9,7 +9,8 @@ from torch import Tensor
 
 from benchmarks.ablation_tables import Ablation, Rows, Settings
 from common.cli import UserError
-from common.data import read_image, stack_images
+from common.data import stack_images
+from common.images import read_image
 from common.runtime import pick_device
 from p2_ddim.interpolate import METHODS
 from p2_ddim.model import load_face_unet

@@ -17,6 +17,7 @@ LONG = 2.0  # seconds; a phase that ends sooner shows nothing
 Item = TypeVar("Item")
 Options = TypeVar("Options")
 _silent = False
+_notes: dict[str, str] = {}
 _phases: list["Progress"] = []  # under way, the outermost first
 
 
@@ -50,6 +51,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, **options)
+        with contextlib.suppress(AttributeError):  # a notebook's stdout has no encoding
+            sys.stdout.reconfigure(errors="backslashreplace")  # no name should end a run that is done
         self._optionals.title = "general"
         # Without a default, so that a subcommand does not undo a --quiet before it.
         self.add_argument(
@@ -140,6 +143,12 @@ def say(line: str) -> None:
     """Print what was done or is being done; not for results that were asked for."""
     if speaks():
         print(line, flush=True)
+
+
+def note(about: str, line: str) -> None:
+    """Print a line on stderr about input that was not taken as it is; nothing if there was one of the same `about`."""
+    if _notes.setdefault(about, line) is line and os.environ.get("RANK", "0") == "0":  # one step, as threads need it
+        print(f"note: {line}", file=sys.stderr)
 
 
 class Progress:

@@ -3,6 +3,7 @@
 A small data set decoded once and held as uint8 costs less than any worker process; see `benchmarks/speed.py`.
 """
 
+import io
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.cli import Progress, UserError, progress
+from common.files import read_text
+from common.images import list_images, read_image
 from common.runtime import seeded_generator
 
 Batch = dict[str, Tensor]
 
 HELD_OUT_EVERY = 10
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -53,31 +54,6 @@ class LabelledImages:
         return self.take(~held), self.take(held)
 
 
-def read_image(path: Path, size: int | None, mention: str = "", crop: bool = False) -> np.ndarray:
-    """Decode one image to uint8 (H, W, 3), resized to a square of `size` if it is not that already.
-
-    Grayscale, palette and 16-bit images become 8-bit RGB; transparency is dropped. An image that is no square is
-    squeezed into one, or with `crop` cut to its middle.
-
-    Raises:
-        UserError: the file is missing or not an image; the line starts with `mention`.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16"):  # Pillow would clip, not scale, these
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            image = image.convert("RGB")
-            if crop and size:
-                image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-            if size and image.size != (size, size):
-                image = image.resize((size, size), Image.Resampling.LANCZOS)
-            return np.asarray(image)
-    except FileNotFoundError:
-        raise UserError(f"{mention}{path}: no such image; fix the name or add the file") from None
-    except Exception as error:  # a decoder raises whatever it stumbles over: OSError, SyntaxError, ValueError, ...
-        raise UserError(f"{mention}{path}: not a readable image ({error}); replace the file") from None
-
-
 def stack_images(images: list[np.ndarray]) -> Tensor:
     """Decoded images (H, W, 3) as one tensor (N, 3, H, W)."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
@@ -96,18 +72,17 @@ def read_csv_images(table: Path, size: int | None = None, classes: int = 10_000)
     """
     import pandas as pd  # here, because drawing images reads no tables and starts a second faster
 
-    table = Path(table)
+    table, header = Path(table), "its first line should be image_name,label"
     try:
         # Blank lines are read, so that rows keep their numbers, and dropped below.
-        rows = pd.read_csv(table, dtype=str, keep_default_na=False, skip_blank_lines=False, skipinitialspace=True)
-    except FileNotFoundError:
-        raise UserError(f"{table}: no such file; it should list image_name,label") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{table}: not a CSV file ({error}); its first line should be image_name,label") from None
+        layout = {"keep_default_na": False, "skip_blank_lines": False, "skipinitialspace": True}
+        rows = pd.read_csv(io.StringIO(read_text(table, header)), dtype=str, **layout)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UserError(f"{table}: not a CSV file ({error}); {header}") from None
     if not isinstance(rows.index, pd.RangeIndex):  # pandas takes surplus leading fields for an index
         raise UserError(f"{table}: its rows have more fields than its first line; remove the surplus ones")
     if absent := {"image_name", "label"} - set(rows.columns):
-        raise UserError(f"{table}: no column {', '.join(sorted(absent))}; its first line should be image_name,label")
+        raise UserError(f"{table}: no column {', '.join(sorted(absent))}; {header}")
     rows = rows[(rows["image_name"] != "") | (rows["label"] != "")]
     if rows.empty:
         raise UserError(f"{table}: lists no images; add rows under its header")
@@ -130,23 +105,18 @@ def read_csv_images(table: Path, size: int | None = None, classes: int = 10_000)
 def read_folder_images(folder: Path, size: int) -> LabelledImages:
     """All images in a folder and the folders below it, in the order of their paths; every label is 0.
 
-    Files of other kinds than `IMAGE_SUFFIXES` and hidden ones are left out; images are cut and resized to a square.
+    They are those of `list_images`, cut and resized to a square.
 
     Raises:
         UserError: no such folder, no images in it, or a broken one.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name one with images")
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    names = sorted(str(path) for path in found if not any(part.startswith(".") for part in path.parts))
-    if not names:
-        raise UserError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}); name another folder")
-    with ThreadPoolExecutor() as pool, Progress(len(names), f"reading {folder}", "image") as phase:
+    files = list_images(folder, below=True)
+    with ThreadPoolExecutor() as pool, Progress(len(files), f"reading {folder}", "image") as phase:
         images = []
-        for image in pool.map(lambda name: read_image(folder / name, size, crop=True), names):
+        for image in pool.map(lambda file: read_image(file, size, crop=True), files):
             images.append(image)  # decoders let go of Python's lock
             phase.update()
+    names = [str(file.relative_to(folder)) for file in files]
     return LabelledImages(stack_images(images), torch.zeros(len(names), dtype=torch.int64), names)
 
 

@@ -1,16 +1,74 @@
-"""The only way between tensors and picture files: PNG, grids, captions, GIFs."""
+"""The only way between tensors and picture files: reading, PNG, grids, captions, GIFs, plots."""
 
-from collections.abc import Sequence
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from common.cli import UserError, note
+from common.files import list_files, printable
 from common.output import write_atomically
 
 SAVE_RANGES = ("clamp", "minmax")
+NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # formats that Pillow knows by name, or by another program
+FURTHER_FONTS = re.compile("CJK|Hei|Fallback|Unifont|Unicode MS")
+
+
+def to_8_bits(numbers: np.ndarray) -> np.ndarray:
+    """Floats from 0 to 1, integers of 16 bits, or numbers from 0 to 255, as uint8; a `ValueError` for others."""
+    low, high = float(numbers.min()), float(numbers.max())
+    if numbers.dtype.kind == "f" and 0 <= low <= high <= 1:
+        return (numbers * 255 + 0.5).astype(np.uint8)
+    if numbers.dtype.kind != "f" and (numbers.dtype.itemsize == 2 or (0 <= low and 255 < high < 65536)):
+        return (numbers // 257).astype(np.uint8)
+    if not 0 <= low <= high <= 255:
+        raise ValueError(f"its numbers are from {low:g} to {high:g}; only 0 to 1, 255 or 65535 are understood")
+    return (numbers + 0.5).astype(np.uint8)
+
+
+def read_image(path: Path, size: int | None, mention: str = "", crop: bool = False, under: str = "white") -> np.ndarray:
+    """Decode one image to uint8 (H, W, 3), resized to a square of `size` if it is not that already.
+
+    It is turned upright as its EXIF says; grayscale, palette, 16-bit and float images become 8-bit RGB; what is
+    transparent is laid on the colour `under`. An image that is no square is squeezed into one, or with `crop` cut to
+    its middle.
+
+    Raises:
+        UserError: the file is missing or not an image; the line starts with `mention`.
+    """
+    try:
+        with Image.open(path) as image:
+            with contextlib.suppress(Exception):  # broken EXIF says nothing against the image
+                ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            if image.mode[0] in "IF":  # Pillow would clip, not scale, these
+                image = Image.fromarray(to_8_bits(np.asarray(image)))
+            if image.has_transparency_data and (layer := image.convert("RGBA")).getextrema()[3][0] < 255:
+                note(f"laid on {under}", f"{path}: is transparent; this and others like it are laid on {under}")
+                image = Image.alpha_composite(Image.new("RGBA", layer.size, under), layer)
+            image = image.convert("RGB")
+        if crop and size:
+            image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        if size and image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.LANCZOS)
+        return np.asarray(image)
+    except FileNotFoundError:
+        raise UserError(f"{mention}{path}: no such image; fix the name or add the file") from None
+    except Exception as error:  # a decoder raises whatever it stumbles over: OSError, SyntaxError, ValueError, ...
+        raise UserError(f"{mention}{path}: not a readable image ({error}); replace the file") from None
+
+
+def list_images(folder: Path, below: bool = False) -> list[Path]:
+    """The files of a folder that Pillow reads, by their suffixes; see `list_files`."""
+    known = Image.registered_extensions().items()
+    suffixes = {suffix for suffix, kind in known if kind in Image.OPEN and kind not in NOT_READ}
+    return list_files(Path(folder), suffixes, "images", below)
 
 
 def to_uint8(images: Tensor, save_range: str = "clamp") -> Tensor:
@@ -65,6 +123,7 @@ def add_captions(picture: Tensor, rows: Sequence[str] = (), columns: Sequence[st
     Each of the `rows` stands beside an equal part of the height, each of the `columns` above one of the width.
     """
     font = ImageFont.load_default(14)
+    rows, columns, title = [printable(row) for row in rows], [printable(column) for column in columns], printable(title)
     inner = to_pil(picture)
     left = 10 + max((int(font.getlength(row)) for row in rows), default=-10)
     top = (24 if title else 0) + (22 if columns else 0)
@@ -78,3 +137,16 @@ def add_captions(picture: Tensor, rows: Sequence[str] = (), columns: Sequence[st
     for i, text in enumerate(rows):
         pen.text((left - 6, top + (i + 0.5) * inner.height / len(rows)), text, "black", font, anchor="rm")
     return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def plain_text() -> Iterator[None]:
+    """A block, or a function, in which matplotlib draws texts as they are: no $ starts a formula, all fonts serve."""
+    import matplotlib  # here, because it takes a second to import
+    from matplotlib import font_manager
+
+    further = sorted(name for name in font_manager.get_font_names() if FURTHER_FONTS.search(name))
+    options = {"text.parse_math": False, "font.family": matplotlib.rcParams["font.family"] + further}
+    with matplotlib.rc_context(options), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield

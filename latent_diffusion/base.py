@@ -1,7 +1,6 @@
 """The frozen latent diffusion that both editions of problem 3 steer, from a diffusers folder or one file."""
 
 import contextlib
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from common.cli import UserError
+from common.files import read_json
 from common.schedule import NoiseSchedule
 from latent_diffusion.files import SD_V1, read_stable_diffusion
 
@@ -136,11 +136,11 @@ def read_schedule(file: Path) -> tuple[NoiseSchedule, str]:
     Raises:
         UserError: no such file, no JSON object, or a schedule or prediction that is not known here.
     """
+    config = read_json(file, "restore it")
     try:
-        config = json.loads(file.read_text())
         chosen = {"beta_schedule": config["beta_schedule"], "prediction_type": config.get("prediction_type", "epsilon")}
         numbers = [config[name] for name in ("num_train_timesteps", "beta_start", "beta_end")]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: not a scheduler's config ({type(error).__name__}: {error}); restore it") from None
     for name, known in (("beta_schedule", SCHEDULES), ("prediction_type", PREDICTIONS)):
         if chosen[name] not in known:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from common.cli import UserError
-from common.data import read_image
+from common.files import read_text
+from common.images import read_image
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 Field = Literal["source", "target"]
@@ -92,13 +93,7 @@ def read_pairs(table: Path, keep_going: bool = False, distinct_targets: bool = F
     Raises:
         UserError: no such file, no text, no line in it, or with its number a line that cannot be used.
     """
-    try:
-        text = Path(table).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{table}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise UserError(f"{table}: {reason}; name one with lines such as {EXAMPLE}") from None
+    text = read_text(table, f"name one with lines such as {EXAMPLE}")
     # Not splitlines: JSON may hold the further line ends that it knows.
     lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
@@ -149,7 +144,8 @@ def read_pair_image(pair: Pair, folder: Path, size: int | None, field: Field = "
     Raises:
         UserError: no such file, or no image; with the table's line.
     """
-    return read_image(locate(getattr(pair, field), Path(folder), field), size, f"{pair.where}: ")
+    path, under = locate(getattr(pair, field), Path(folder), field), "black" if field == "source" else "white"
+    return read_image(path, size, f"{pair.where}: ", under=under)
 
 
 def readable_pairs(pairs: Sequence[Pair], folder: Path, keep_going: bool) -> list[Pair]:

@@ -21,7 +21,8 @@ import pandas as pd
 import torch
 
 from common.cli import Parser, UserError, format_default, options_from, run
-from common.data import LabelledImages, read_image
+from common.data import LabelledImages
+from common.images import read_image
 from common.metrics import all_distances
 from common.output import add_json_argument, check_json, write_json
 from common.runtime import seeded_generator

@@ -12,18 +12,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from common.cli import Parser, UserError, run
-from common.data import read_image
+from common.images import list_images, read_image
 from common.output import add_json_argument, check_json, write_json
 from p2_ddim.sample import EXAMPLES, OUTPUT
 
 
 def images_in(folder: Path) -> dict[str, Path]:
-    """The PNG files of a folder by name; a `UserError` if there are none."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name one with PNG files")
-    if files := {path.name: path for path in sorted(folder.glob("*.png")) if not path.name.startswith(".")}:
-        return files
-    raise UserError(f"{folder}: holds no PNG files; name another folder")
+    """The images of a folder by name without suffix; a `UserError` if there are none, or two of one name."""
+    files = list_images(folder)
+    by_name = {path.stem: path for path in files}
+    if twice := [path for path in files if by_name[path.stem] != path]:
+        raise UserError(f"{twice[0]}: {by_name[twice[0].stem].name} has that name too; remove one of them")
+    return by_name
 
 
 def squared_errors(out: Path, truth: Path) -> dict[str, float]:
@@ -42,7 +42,7 @@ def squared_errors(out: Path, truth: Path) -> dict[str, float]:
         if a.shape != b.shape:
             sizes = f"{a.shape[1]}x{a.shape[0]}, but {true[name]} is {b.shape[1]}x{b.shape[0]}"
             raise UserError(f"{drawn[name]}: is {sizes}; draw it from a noise of that size")
-        errors[name] = float(np.square(a - b).mean())
+        errors[drawn[name].name] = float(np.square(a - b).mean())
     return errors
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from common.cli import Parser, UserError, check, progress, run, say
-from common.images import add_captions, grid, save_gif, save_png
+from common.files import printable
+from common.images import add_captions, grid, plain_text, save_gif, save_png
 from common.output import stage_folder
 from p2_ddim.interpolate import METHODS, STRIP, between
 from p2_ddim.noise import Noise, random_noises
@@ -47,15 +48,15 @@ def draw_strip(sampler: FaceSampler, a: Noise, b: Noise, method: str, options: D
     return add_captions(enlarge(sampler.pictures(path, options), len(path)), columns=captions, title=title)
 
 
+@plain_text()
 def plot_lengths(path: Path, a: Noise, b: Noise) -> None:
     """Plot |xT| along both ways from a to b beside the shell sqrt(D) that Gaussian noise lies on."""
     from matplotlib.figure import Figure  # here, because it takes a second to import
 
     alphas = [k / 100 for k in range(101)]
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.add_subplot(
-        title=f"Length of the noise between {a.name} and {b.name}", xlabel="alpha", ylabel="|xT|", xlim=(0, 1)
-    )
+    title = f"Length of the noise between {printable(a.name)} and {printable(b.name)}"
+    axes = figure.add_subplot(title=title, xlabel="alpha", ylabel="|xT|", xlim=(0, 1))
     for method in METHODS:
         lengths = [float(noise.xt.norm()) for noise in between(a, b, method, alphas)]
         axes.plot(alphas, lengths, label=f"{method}: {lengths[50]:.1f} in the middle")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.checkpoint import load_pt, load_tensors
 from common.cli import UserError
+from common.files import list_files
 from common.sampling import ImageNoise
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -28,7 +29,7 @@ def read_noise_file(path: Path, channels: int, stride: int) -> list[Noise]:
     Raises:
         UserError: the file holds no tensor, or one of another shape or type, or numbers that are not finite.
     """
-    content = load_tensors(path)[0] if path.suffix == ".safetensors" else load_pt(path)
+    content = load_tensors(path)[0] if path.suffix.lower() == ".safetensors" else load_pt(path)
     if isinstance(content, dict) and len(content) == 1:
         (content,) = content.values()
     if not isinstance(content, Tensor):
@@ -59,13 +60,7 @@ def read_noises(source: Path, channels: int, stride: int) -> list[Noise]:
     Raises:
         UserError: there are none, one of them is bad, or two of them would become the same image.
     """
-    files = [source]
-    if not source.is_file():
-        if not source.is_dir():
-            raise UserError(f"{source}: no such folder; name one with noises (00.pt, 01.pt, ...)")
-        files = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and path.name[0] != ".")
-        if not files:
-            raise UserError(f"{source}: holds no noises ({', '.join(SUFFIXES)}); name another folder")
+    files = [source] if source.is_file() else list_files(source, SUFFIXES, "noises (00.pt, 01.safetensors, ...)")
     noises = [noise for path in files for noise in read_noise_file(path, channels, stride)]
     names = [noise.name for noise in noises]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from common.cli import Parser, progress, run
-from common.data import read_image
+from common.images import read_image
 from common.output import add_json_argument, check_json, write_json
 from latent_diffusion import miniature
 from latent_diffusion.clip import Clip

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_model_file, load_strictly, load_tensors, save_tensors, to_half
 from common.cli import UserError
+from common.files import read_json
 from common.layers import zero_init
 from common.output import write_atomically
 from latent_diffusion.base import Base
@@ -233,11 +234,11 @@ def read_config(path: Path) -> ControlNetConfig:
     Raises:
         UserError: the file is missing or broken, or another model's.
     """
+    config = read_json(path, "name a ControlNet's folder, or one weights file")
     try:
-        config = json.loads(path.read_text())
         if (found := config["_class_name"]) != "ControlNetModel":
             raise ValueError(f"describes a {found}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: no ControlNet's config ({reason}); name its folder, or one weights file") from None
     return ControlNetConfig.of(config, path)

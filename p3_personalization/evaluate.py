@@ -26,14 +26,13 @@ import numpy as np
 from torch import Tensor
 
 from common.cli import Parser, UserError, check, run
-from common.data import read_image
+from common.images import list_images, read_image
 from common.output import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature import CLIP
 from latent_diffusion.miniature.regions import NEAR, concept_colour, disc_difference, shows_colours
 from p3_personalization.generate import COUNT, EXAMPLES, OUTPUT, TABLE, TableEntry, read_table
-from p3_personalization.photos import list_images
 
 BEST = 5  # pictures that the course's score is the mean of
 TEXT_WEIGHT = 2.5  # of the text score beside the image score, when the best are chosen
@@ -48,12 +47,8 @@ def best_means(images: np.ndarray, texts: np.ndarray) -> dict[str, Any]:
 
 def read_references(folder: Path, entries: Sequence[TableEntry]) -> dict[str, list[np.ndarray]]:
     """The photos of each concept, uint8 (H, W, 3) each, by its number; a `UserError` where a concept has none."""
-    references = {}
-    for own in (folder / entry.number for entry in entries):
-        if not (files := list_images(own)):
-            raise UserError(f"{own}: holds no pictures of the concept; name the folder that has {own.name}/ with some")
-        references[own.name] = [read_image(file, None) for file in files]
-    return references
+    files = {entry.number: list_images(folder / entry.number) for entry in entries}
+    return {number: [read_image(file, None) for file in own] for number, own in files.items()}
 
 
 def disc_colours(references: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
@@ -68,10 +63,9 @@ def disc_colours(references: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np
 def read_drawn(out: Path, entry: TableEntry, prompt: int, count: int) -> list[np.ndarray]:
     """The pictures of one prompt, uint8 (H, W, 3) each; a `UserError` unless there are `count` of them."""
     files = [out / file for file in entry.files(prompt, count)]
-    found = list_images(files[0].parent)
-    if absent := [file for file in files if file not in found]:
+    if absent := [file for file in files if not file.is_file()]:
         raise UserError(f"{absent[0]}: no such picture; {count} are asked for, draw them with generate.py")
-    if len(found) > count:
+    if len(found := list_images(files[0].parent)) > count:
         raise UserError(f"{files[0].parent}: holds {len(found)} pictures instead of {count}; remove the others")
     return [read_image(file, None) for file in files]
 

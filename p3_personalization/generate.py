@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from common.cli import Parser, UserError, check, options_from, run, say
+from common.files import read_json
 from common.images import to_pil
 from common.output import clear_way, stage_folder
 from latent_diffusion.base import Base
@@ -92,12 +93,7 @@ def read_entry(number: str, fields: Any, where: str) -> TableEntry:
 
 def read_table(path: Path) -> list[TableEntry]:
     """The concepts of an `input.json`, in its order; a `UserError` where it or one of its entries cannot be used."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a file such as input.json") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); write it as in {EXAMPLE}") from None
+    table = read_json(path, f"write it as in {EXAMPLE}")
     if not isinstance(table, dict) or not table:
         raise UserError(f"{path}: not an object of concepts; write it as in {EXAMPLE}")
     return [read_entry(number, fields, f"{path} concept {number!r}") for number, fields in table.items()]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.cli import UserError
-from common.data import IMAGE_SUFFIXES, Batch, read_folder_images, shuffled_indices, stratified_timesteps, to_unit_range
+from common.data import Batch, read_folder_images, shuffled_indices, stratified_timesteps, to_unit_range
+from common.files import read_text
 from common.runtime import seeded_generator
 from latent_diffusion.base import Base, prompt_tokens
 from p3_personalization.words import check_prompts
@@ -20,19 +21,9 @@ Photo = tuple[Tensor, list[str]]
 ENCODED_AT_ONCE = 8
 
 
-def list_images(folder: Path) -> list[Path]:
-    """The image files directly in a folder, in the order of their names; none if there is no such folder."""
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")]
-
-
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank, each a caption or a prompt; a `UserError` if there are none."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        mend = "save it as UTF-8, with a sentence a line"
-        raise UserError(f"{path}: not a readable text file ({error}); {mend}") from None
+    lines = [line.strip() for line in read_text(path, "write a sentence a line").splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path}: is empty; write a sentence a line, or remove the file")
     return lines

@@ -7,7 +7,6 @@ Prints top-1 and top-5 accuracy. OUT gets confusion.png and examples.png: five s
 the five classes that CLIP finds likeliest.
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,14 +23,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from common.cli import Parser, UserError, check, run
-from common.data import read_image
+from common.files import read_json
+from common.images import list_images, plain_text, read_image
 from common.output import add_json_argument, check_json, check_output_folder, stage_folder, write_json
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature import CLIP
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
 from latent_diffusion.miniature.scenes import draw_target, random_scenes
-from p3_personalization.photos import list_images
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "A photo of a {}."  # what most of CLIP's zero-shot results were made with
@@ -52,16 +51,15 @@ class ZeroShotData:
 
 def read_folder(folder: Path) -> ZeroShotData:
     """The course's pictures: `id2label.json` and `val/{class}_{n}.png`; a `UserError` where they cannot be used."""
-    table, val = folder / "id2label.json", folder / "val"
+    table, val, mend = folder / "id2label.json", folder / "val", 'write {"0": "bicycle", "1": "chair"}'
+    names = read_json(table, mend)
     try:
-        names = json.loads(table.read_text(encoding="utf-8-sig"))
         names = dict(sorted(names.items(), key=lambda item: int(item[0])))
         if not names or not all(isinstance(name, str) and name.strip() for name in names.values()):
             raise ValueError("a name is missing")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f'{table}: not a table of classes ({error}); write {{"0": "bicycle", "1": "chair"}}') from None
-    if not (files := list_images(val)):
-        raise UserError(f"{val}: holds no pictures; it should hold files such as 0_450.png")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{table}: not a table of classes ({error}); {mend}") from None
+    files = list_images(val)
     labels, position = [], {number: k for k, number in enumerate(names)}
     for file in files:
         number, line, _ = file.stem.partition("_")
@@ -213,7 +211,7 @@ def main(args) -> dict[str, Any]:
     scores = class_scores(clip, data, templates, combine)
     result = {"clip": str(args.clip), "templates": templates, "combine": combine} | accuracies(scores, data.labels)
     title = "top-1 {top1:.1%}, top-5 {top5:.1%} of {pictures} pictures, {classes} classes".format(**result)
-    with stage_folder(args.out) as stage, torch.inference_mode():
+    with stage_folder(args.out) as stage, torch.inference_mode(), plain_text():
         plot_confusion(result["confusion"], data.classes, title).savefig(stage / "confusion.png", dpi=120)
         scale = clip.model.logit_scale.exp().item()
         plot_examples(data, scores, scale).savefig(stage / "examples.png", dpi=120)

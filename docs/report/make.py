@@ -32,9 +32,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
 from torch import Tensor
 
 from common.cli import Parser, UserError, check, progress, run, say
-from common.data import read_image
-from common.images import add_captions, grid, save_png
+from common.images import add_captions, grid, read_image, save_png
 from common.output import check_output_folder, write_atomically
+from p2_ddim.evaluate import images_in
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -160,9 +160,10 @@ def compare_faces(drawn: Path, truth: Path, errors: Mapping[str, float]) -> Tens
         errors: mean squared error by file name.
     """
     names = [name for name in errors if name != "mean"][:FACES]
+    stems = [Path(name).stem for name in names]
     ours, theirs = (
-        torch.stack([torch.from_numpy(read_image(folder / name, None).copy()).permute(2, 0, 1) for name in names])
-        for folder in (drawn, truth)
+        torch.stack([torch.from_numpy(read_image(files[name], None).copy()).permute(2, 0, 1) for name in stems])
+        for files in (images_in(drawn), images_in(truth))
     )
     difference = (CONTRAST * (ours.int() - theirs.int()).abs()).clamp(max=255).to(torch.uint8)
     picture = grid(torch.cat([ours, theirs, difference]), len(names), max(1, FACE_SIDE // ours.shape[-1]))

@@ -12,10 +12,10 @@ from common.data import (
     jitter,
     read_csv_images,
     read_folder_images,
-    read_image,
     shuffled_indices,
     stratified_timesteps,
 )
+from common.images import read_image
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_tables_that_are_none_are_refused(folder, content, complaint):
 
 def test_tables_that_cannot_be_read_are_refused(folder):
     assert "no such file" in refused(folder / "absent.csv")
-    assert "not a CSV file" in refused(folder)
+    assert "cannot be read" in refused(folder)
 
 
 def test_every_image_mode_becomes_rgb(tmp_path):
@@ -151,7 +151,7 @@ def test_every_image_mode_becomes_rgb(tmp_path):
         "L": (Image.fromarray(grey), np.stack([grey] * 3, axis=2)),
         "I;16": (Image.fromarray(grey.astype(np.uint16) * 257), np.stack([grey] * 3, axis=2)),
         "1": (Image.fromarray(grey > 100), np.stack([(grey > 100) * np.uint8(255)] * 3, axis=2)),
-        "RGBA": (alpha, colours),
+        "RGBA": (alpha, np.round(colours * (grey[..., None] / 255) + 255 - grey[..., None])),
         "P": (palette, colours),
     }
     for mode, (image, pixels) in expected.items():
@@ -159,7 +159,7 @@ def test_every_image_mode_becomes_rgb(tmp_path):
         image.save(path)
         with Image.open(path) as stored:
             assert stored.mode == mode
-        assert np.array_equal(read_image(path, None), pixels), mode
+        assert np.abs(read_image(path, None) - pixels.astype(float)).max() <= (mode == "RGBA"), mode
 
 
 def test_split_and_take(digits):

@@ -35,11 +35,11 @@ def test_errors_are_mean_squares_on_the_byte_scale(tmp_path, capsys):
 
 
 MISTAKES = {
-    "missing image": (lambda out, truth: (out / "b.png").unlink(), ["out: has no b.png"]),
-    "further image": (lambda out, truth: write(out, c=flat(0)), ["GT: has no c.png"]),
+    "missing image": (lambda out, truth: (out / "b.png").unlink(), ["out: has no b, which"]),
+    "further image": (lambda out, truth: write(out, c=flat(0)), ["GT: has no c, which"]),
     "other size": (lambda out, truth: write(out, b=flat(0, (6, 4))), ["out/b.png", "4x6", "6x4"]),
     "broken image": (lambda out, truth: (out / "b.png").write_bytes(b"no"), ["out/b.png", "not a readable image"]),
-    "empty folder": (lambda out, truth: [path.unlink() for path in truth.iterdir()], ["GT: holds no PNG"]),
+    "empty folder": (lambda out, truth: [path.unlink() for path in truth.iterdir()], ["GT: holds no images"]),
     "no folder": (lambda out, truth: truth.rename(truth.with_name("other")), ["GT: no such folder"]),
 }
 

@@ -133,7 +133,7 @@ def test_a_prompt_that_mostly_shows_no_disc_has_no_difference():
         (lambda t, o, r: (o / "0/1/source0_prompt1_2.png").unlink(), [], "source0_prompt1_2.png: no such picture"),
         (lambda t, o, r: shutil.copy(o / "0/0/source0_prompt0_0.png", o / "0/0/more.png"), [], "0/0: holds 5 pictures"),
         (lambda t, o, r: (o / "0/0/source0_prompt0_0.png").write_bytes(b""), [], "not a readable image"),
-        (lambda t, o, r: shutil.rmtree(r / "1"), [], "1: holds no pictures of the concept"),
+        (lambda t, o, r: shutil.rmtree(r / "1"), [], "1: no such folder; name one with images"),
         (lambda t, o, r: t.write_text('{"0": {"token_name": "<a>", "prompt": ["<a>"]}}'), [], 'no "prompt_4_clip'),
         (lambda t, o, r: save_scene(r / "0" / "3.png", []), ["--discs"], "'0': not all its pictures show a disc"),
         (lambda t, o, r: None, ["--count", "0"], "--count 0: must be at least 1"),

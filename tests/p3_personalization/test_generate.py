@@ -58,7 +58,7 @@ def changed(**fields):
         (changed(baseline=[[1, 2]]), " concept '0': \"baseline\" has 1 entries for 2 prompts"),
         (changed(baseline=[[1], [2]]), " concept '0': \"baseline\" is [[1], [2]]"),
         (changed(baseline=7), " concept '0': \"baseline\" is 7"),
-        (None, ": cannot be read"),
+        (None, ": no such file; write it as in"),
     ],
 )
 def test_bad_tables_are_refused(table, text, words):

@@ -40,7 +40,7 @@ def test_photos_have_their_own_captions_or_the_folders_or_the_templates(folder):
     [
         (b"a dog", "{}", "{folder}/1.txt: 'a dog': has no {}; write {} where the token <new1> goes"),
         (b" \n", "a {}", "{folder}/1.txt: is empty; write a sentence a line, or remove the file"),
-        (b"{} \xe0 la mode", "a {}", "{folder}/1.txt: not a readable text file"),
+        (b"{} \xe0 la mode", "a {}", "{folder}/1.txt: not UTF-8 text (byte 3, in line 1); save it as UTF-8"),
         (b"{}", "a photo", "template 'a photo': has no {}; write {} where the token <new1> goes"),
     ],
 )

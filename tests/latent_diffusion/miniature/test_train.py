@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from common.cli import UserError
-from common.data import read_image, to_unit_range
-from common.images import save_png
+from common.data import to_unit_range
+from common.images import read_image, save_png
 from latent_diffusion.base import load_base
 from latent_diffusion.miniature import models, train
 from latent_diffusion.miniature.scenes import draw_target, random_scenes
