@@ -126,7 +126,7 @@ def test_broken_images_of_every_format_are_refused_or_read(tmp_path):
         ("image_name,label\n0.png,1,2\n1.png,2,3\n", "more fields"),
         ('image_name,label\n"0.png,1\n', "not a CSV file"),
         ("image_name,label\n0.png\n", "row 2: label ''"),
-        ("\xff\xfe\x00\x01" * 50, "not a CSV file"),
+        ("\xff\xfe\x00\x01" * 50, "not UTF-8 text"),
     ],
 )
 def test_tables_that_are_none_are_refused(folder, content, complaint):
