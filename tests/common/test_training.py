@@ -201,11 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_harm(tmp_path, broken, s
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tmp_path):
     seen = []
 
-    def loss(model, batch):
-        output = model(batch["x"])
-        return (output.float() - batch["y"]).square().mean()
-
-    trainer = make_trainer(tmp_path, precision="bf16", loss=loss)
+    trainer = make_trainer(tmp_path, precision="bf16")
     trainer.model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     trainer.run()
     assert set(seen) == {torch.bfloat16}
