@@ -31,18 +31,16 @@ from torchvision.transforms.functional import to_tensor
 
 from benchmarks import peers
 from common.cli import Parser, Progress, check, run, silence
-from common.data import Batch, LabelledImages
+from common.data import LabelledImages
 from common.images import save_png
 from common.output import add_json_argument, check_json, write_json
 from common.runtime import PRECISIONS, autocast, pick_device, pick_precision, seeded_generator
 from common.schedule import NoiseSchedule
-from common.training import diffusion_loss
 from latent_diffusion.base import load_base
 from latent_diffusion.drawing import DTYPES
 from latent_diffusion.miniature import BASE
 from latent_diffusion.pairs import read_hints, read_pairs
 from p1_ddpm.digits import DOMAINS, wanted_digits
-from p1_ddpm.model import ContextUNet
 from p1_ddpm.sample import WEIGHTS as DIGITS
 from p1_ddpm.sample import DigitOptions, DigitSampler
 from p1_ddpm.train import DigitBatches
@@ -116,40 +114,21 @@ def measure_digits(args) -> Figures:
     seconds["plain"] *= 1000 / PLAIN_STEPS * len(digits) / PLAIN_IMAGES
     one = torch.zeros(1, *sampler.shape), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     rate = measure_rate(sampler.model, one, 2 * args.steps * len(digits), seconds["ours"], args)
-    return {"seconds": seconds, **rate, "training_seconds": time_digit_training(args)}
+    return {"seconds": seconds, **rate, "batch_seconds": time_digit_batches(args)}
 
 
-def time_digit_training(args) -> dict[str, float]:
-    """Training steps from images preloaded as uint8, and from PNG files by a DataLoader; and their batches alone."""
-    count, schedule = args.batch_size, NoiseSchedule("cosine")
+def time_digit_batches(args) -> dict[str, float]:
+    """Training batches cut from preloaded uint8 images, and read from PNG files by a DataLoader."""
+    count = args.batch_size
     images = torch.randint(0, 256, (8 * count, 3, 28, 28), generator=seeded_generator(0), dtype=torch.uint8)
     digits = LabelledImages(images, torch.arange(len(images)) % 10, [str(k) for k in range(len(images))])
-    batches = DigitBatches({"mnistm": digits}, DOMAINS, schedule, count, drop=0.15)
-    model = ContextUNet().to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-    def preloaded() -> Batch:
-        return batches(0, seeded_generator(0, 1, 0))
-
-    def step(batch: Batch) -> None:
-        batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-        with autocast(args.device, args.precision):
-            diffusion_loss(model, batch, schedule, "v", 5.0).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    batches = DigitBatches({"mnistm": digits}, DOMAINS, NoiseSchedule("cosine"), count, drop=0.15)
     with tempfile.TemporaryDirectory() as folder:
         for k, image in enumerate(images):
             save_png(Path(folder, str(k % 10), f"{k}.png"), image)
         files = ImageFolder(folder, lambda image: to_tensor(image) * 2 - 1)
         loaded = chain.from_iterable(repeat(DataLoader(files, count, shuffle=True)))
-
-        def from_files() -> Batch:
-            x0, labels = next(loaded)
-            return preloaded() | {"x0": x0, "labels": labels}
-
-        works = {"preloaded batch": preloaded, "PNG batch": from_files}
-        works |= {"preloaded step": lambda: step(preloaded()), "PNG step": lambda: step(from_files())}
+        works = {"preloaded": lambda: batches(0, seeded_generator(0, 1, 0)), "PNG files": lambda: next(loaded)}
         return time_in_turn(works, args.repeats)[0]
 
 
