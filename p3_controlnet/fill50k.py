@@ -9,6 +9,7 @@ OUT gets prompt.json (a line an image), source/ (outlines, white on black) and t
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -17,7 +18,17 @@ from PIL import Image
 
 from common.cli import Parser, check, progress, run, say
 from common.output import stage_folder
-from latent_diffusion.miniature.scenes import Circle, Scene, draw_hint, draw_target, random_scenes
+from common.runtime import seeded_generator
+from latent_diffusion.miniature.scenes import (
+    DRAWN,
+    FLAWS,
+    Circle,
+    Scene,
+    draw_hint,
+    draw_target,
+    random_scenes,
+    roughen,
+)
 
 SMALLEST = 32  # pixels
 CIRCLES = {"1": (1,), "2": (2,), "both": (1, 2)}
@@ -45,6 +56,15 @@ def parse_arguments(argv: list[str] | None = None):
     )
     circles.add_argument("--held-out", action="store_true", help="use only the colour pairs kept for testing")
     circles.add_argument("--report", action="store_true", help="add the report's hint of two circles, with two prompts")
+    lines = parser.add_argument_group("lines of the hints (default: of 2 to 8 pixels, where the side has 512)")
+    lines.add_argument("--line-width", type=float, metavar="PIXELS", help="one width for all, where the side has 512")
+    lines.add_argument(
+        "--rough",
+        nargs="?",
+        const="any",
+        choices=("any", *FLAWS),
+        help="flaws to train or to test on: gaps in the lines, noise of JPEG files, or in turns those and odd widths",
+    )
     return parser.parse_args(argv)
 
 
@@ -52,6 +72,7 @@ def main(args) -> Path:
     """Write the images and their table; returns the table's path."""
     check("count", args.count, args.count >= 1, "at least 1")
     check("size", args.size, args.size >= SMALLEST, f"at least {SMALLEST}")
+    check("line_width", args.line_width, args.line_width is None or args.line_width > 0, "above 0")
     scenes = random_scenes(args.count, args.size, args.seed, CIRCLES[args.circles], args.held_out)
     named = [(f"source/{k}.png", f"target/{k}.png", scene) for k, scene in enumerate(scenes)]
     if args.report:
@@ -59,10 +80,16 @@ def main(args) -> Path:
     with stage_folder(args.out) as stage, open(stage / "prompt.json", "w") as table:
         (stage / "source").mkdir()
         (stage / "target").mkdir()
-        for source, target, scene in progress(named, "circles", "image"):
-            for name, draw in ((source, draw_hint), (target, draw_target)):
+        for k, (source, target, scene) in enumerate(progress(named, "circles", "image")):
+            generator, flaw = seeded_generator(args.seed, 9, k), args.rough
+            if args.line_width:
+                scene = replace(scene, line_width=args.line_width / DRAWN)
+            if flaw == "any":
+                scene, flaw = roughen(scene, generator)
+            pictures = draw_hint(scene, args.size, flaw, generator), draw_target(scene, args.size)
+            for name, picture in zip((source, target), pictures):
                 # Flat areas shrink well at any level; the first one is the quickest.
-                Image.fromarray(draw(scene, args.size)).save(stage / name, compress_level=1)
+                Image.fromarray(picture).save(stage / name, compress_level=1)
             table.write(json.dumps({"source": source, "target": target, "prompt": scene.prompt}) + "\n")
     say(f"{args.count} images in {args.out}")
     return args.out / "prompt.json"

@@ -60,6 +60,7 @@ class StageOptions:
     # leave those timesteps out.
     min_snr_gamma: float = option(0.0, "cap of the min-SNR loss weights; 0 weighs all timesteps alike")
     prompt_drop: float = option(0.1, "share of the prompts that training replaces by the empty one")
+    init: Path | None = option(None, "base whose U-Net to start from (default: at random)", type=Path)
 
     def __post_init__(self):
         for name in ("kl_weight", "min_snr_gamma"):
@@ -236,7 +237,8 @@ def train_unet(config: StageOptions, options: TrainingOptions) -> Path:
     folder, device = config.out / "pipeline", pick_device(options.device)
     parts = {name: load_part(folder, name, device) for name in ("vae", "text_encoder", "tokenizer")}
     torch.manual_seed(options.seed)
-    base = Base(**parts, unet=models.make_unet(), schedule=NoiseSchedule("cosine"), prediction="v")
+    unet = load_part(config.init, "unet").train().requires_grad_() if config.init else models.make_unet()
+    base = Base(**parts, unet=unet, schedule=NoiseSchedule("cosine"), prediction="v")
     null = prompt_tokens(base.tokenizer, [""])
 
     def encode(pictures: Pictures) -> tuple[Tensor, Tensor]:
@@ -279,8 +281,16 @@ def train_unet(config: StageOptions, options: TrainingOptions) -> Path:
 
 # Of each stage: what trains it, the flags that it has not, and its defaults.
 STAGES = {
-    "vae": (train_vae, ("min_snr_gamma", "prompt_drop"), {"steps": 6500, "batch_size": 16, "lr": 6e-4, "ema": 0.99}),
-    "clip": (train_clip, ("kl_weight", "min_snr_gamma", "prompt_drop"), {"steps": 400, "batch_size": 256, "lr": 1e-3}),
+    "vae": (
+        train_vae,
+        ("min_snr_gamma", "prompt_drop", "init"),
+        {"steps": 6500, "batch_size": 16, "lr": 6e-4, "ema": 0.99},
+    ),
+    "clip": (
+        train_clip,
+        ("kl_weight", "min_snr_gamma", "prompt_drop", "init"),
+        {"steps": 400, "batch_size": 256, "lr": 1e-3},
+    ),
     "unet": (train_unet, ("kl_weight",), {"steps": 3000, "batch_size": 64, "lr": 1e-3}),
 }
 
