@@ -14,7 +14,7 @@ from common.cli import Parser, UserError, add_options, check, option
 from common.images import to_uint8
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from common.sampling import Denoiser, ImageNoise, Step, check_finite, draw_in_batches, reverse_process
-from common.schedule import NoiseSchedule
+from common.schedule import SPACINGS, NoiseSchedule
 from latent_diffusion.base import Base, load_base, to_fp32
 from latent_diffusion.files import cache_folder
 
@@ -43,6 +43,10 @@ class PromptOptions:
         type=float,
     )
     sampler: str = option("ddim", "method of the reverse process", choices=SAMPLERS)
+    timestep_spacing: str = option(
+        "trailing", "how the visited timesteps are spaced; the original code's are leading", choices=SPACINGS[:2]
+    )
+    final_alpha: str = option("one", "alphas_cumprod at the end: its first value, or 1", choices=("first", "one"))
     batch_size: int = option(8, "pictures at a time; fewer need less memory")
     precision: str = option(
         "auto", "number format of the networks; auto: bf16 on a CPU that has it, else fp32", choices=PRECISIONS
@@ -61,13 +65,13 @@ class PromptOptions:
         return GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
 
     def timesteps(self, schedule: NoiseSchedule) -> list[int]:
-        """The timesteps that are visited, from noisy to clean.
+        """The timesteps that are visited, from noisy to clean; leading ones are shifted by one: 951, 901, ..., 1.
 
         Raises:
             UserError: the schedule has fewer.
         """
         try:
-            return schedule.timesteps(self.steps, "trailing")
+            return schedule.timesteps(self.steps, self.timestep_spacing, int(self.timestep_spacing == "leading"))
         except ValueError as error:
             raise UserError(f"--steps {self.steps}: {error}") from None
 
@@ -129,7 +133,9 @@ class PromptSampler:
             clip_x0=False,  # latents have no bounds
         )
         xt, timesteps = self.noise(items, options), options.timesteps(base.schedule)
-        yield from reverse_process(denoise, base.schedule, xt, timesteps, options.sampler)
+        yield from reverse_process(
+            denoise, base.schedule, xt, timesteps, options.sampler, final_alpha=options.final_alpha
+        )
 
     def images(self, items: Sequence[Item], options: PromptOptions) -> Iterator[tuple[Item, Tensor]]:
         """Draw the items in batches; yields each with its picture, uint8 (3, H, W) on the CPU, in their order.

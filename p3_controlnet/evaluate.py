@@ -5,11 +5,13 @@ python evaluate.py                        # what it draws by default
 
 Measures, of each picture and over all:
   iou            of the areas at the centre of hint and picture: the first factor of the course's score
-  disc_iou       the same for every disc of the hint
+  disc_iou       the same for every disc of the hint, of which only the part within the picture counts
   difference     CIEDE2000 from a named colour to that of its disc or background; up to 10 it is right
   colours_right  whether the colours of all discs and of the background are right
   cosine         of picture and prompt, by CLIP
   score          iou (cosine + 1) / 2, of which the course takes the mean of the ten best
+
+All but the pictures' own figures are also given for those apart whose hints have a disc that the border cuts.
 """
 
 import sys
@@ -35,6 +37,7 @@ from latent_diffusion.miniature.regions import (
     deepest,
     hint_regions,
     intersection_over_union,
+    is_cut,
     median_colour,
     region_at,
 )
@@ -75,6 +78,7 @@ def judge(hint: np.ndarray, image: np.ndarray, prompt: str) -> dict[str, Any]:
     areas = [judge_area(image, *area) for area in zip([*regions, background], names, [*ious, None])]
     rights = [area["right"] for area in areas]
     known = {"iou": centre_iou(hint, image), "colours_right": None if None in rights else all(rights)}
+    known["cut"] = any(is_cut(region) for region in regions)
     return known | {"discs": areas[:-1], "background": areas[-1]}
 
 
@@ -117,7 +121,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> dict[str, Any]:
-    """Judge, print, and return the figures: "summary" over all pictures, and "images", a dictionary each.
+    """Judge, print, and return the figures: "summary" over all pictures, "cut" and "whole", and "images", one each.
 
     Raises:
         UserError: a bad line, hint or picture, a folder without a CLIP model, or a file that cannot be written.
@@ -138,10 +142,13 @@ def main(args) -> dict[str, Any]:
     if clip:
         for image, cosine in zip(images, clip.cosines(pictures, [image["prompt"] for image in images])):
             image["cosine"] = cosine
-    result = {"summary": summarise(images), "images": images}
+    groups = {"summary": images}
+    for name, cut in (("whole", False), ("cut", True)):
+        groups[name] = [image for image in images if image["cut"] == cut]
+    figures = {name: summarise(group) for name, group in groups.items() if group}
     print(pd.DataFrame(images).drop(columns=["discs", "background"]).to_string(index=False, float_format="%.3f"))
-    print(pd.Series(result["summary"]).to_string(float_format="%.4f"))
-    write_json(args.json, result)
+    print(pd.DataFrame(figures).rename(columns={"summary": "all"}).to_string(float_format="%.4f"))
+    write_json(args.json, result := figures | {"images": images})
     return result
 
 

@@ -136,7 +136,8 @@ class HintSampler:
             self.network(options), base.schedule, base.prediction, told, null, options.scale, clip_x0=False
         )
         xt, timesteps = self.noise(items, options), options.timesteps(base.schedule)
-        yield from reverse_process(denoise, base.schedule, xt, timesteps, options.sampler)
+        last = options.final_alpha
+        yield from reverse_process(denoise, base.schedule, xt, timesteps, options.sampler, final_alpha=last)
 
     def images(self, items: Sequence[Item], options: HintOptions) -> Iterator[tuple[Item, Tensor]]:
         """Draw the items in batches; yields each with its picture, uint8 (3, size, size) on the CPU, in their order.

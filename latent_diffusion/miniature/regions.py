@@ -1,5 +1,6 @@
 """Which pixels belong together: areas of one colour, discs, and what the lines of a hint enclose."""
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -74,10 +75,11 @@ def hint_regions(hint: np.ndarray) -> np.ndarray:
     Args:
         hint: uint8 (H, W, 3), white lines on black.
     """
-    light = hint.max(axis=-1)
+    light = hint.max(axis=-1).astype(np.float32)
+    light *= 255 / max(light.max(), LINE)  # reduced to a small picture, thin lines are faint
     # In a small picture a line's middle is wanted to a third of a pixel: an edge is a large part of a small disc.
     fine = 3 if max(light.shape) < 384 else 1
-    light = ndimage.zoom(light.astype(np.float32), fine, order=1, mode="nearest", grid_mode=True)
+    light = ndimage.zoom(light, fine, order=1, mode="nearest", grid_mode=True)
     # Areas are joined by sides alone, so a line whose pixels touch at corners is closed.
     labels, _ = ndimage.label(light < LINE)
     # Faint pixels join the nearest area first: a line's middle is that of its bright pixels.
@@ -87,15 +89,46 @@ def hint_regions(hint: np.ndarray) -> np.ndarray:
 
 
 def circle_regions(labels: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """The discs among `hint_regions` from left to right, and their background, which has most of the picture's border.
+    """The discs among `hint_regions` from left to right, and their background: bool (H, W) each.
 
-    Slivers, as between the two lines that an edge detector makes of one, are no discs.
+    The background is the area with most of the picture's border, and every other area at the border that an even
+    number of lines parts from it: a disc that the border cuts may part the background in two. Slivers, as between the
+    two lines that an edge detector makes of one, are no discs and go to their neighbours.
     """
+    numbers = np.unique(labels)
+    slivers = [number for number in numbers if depth(labels == number).max() <= BLUR]
+    labels = take_nearest(labels, ~np.isin(labels, slivers))
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
-    background = np.bincount(border).argmax()
-    areas = [labels == number for number in np.unique(labels) if number != background]
-    discs = [area for area in areas if depth(area).max() > BLUR]
-    return sorted(discs, key=lambda disc: np.nonzero(disc)[1].mean()), labels == background
+    lines = {int(np.bincount(border).argmax()): 0}  # of each area: how many lines part it from the background
+    neighbours = touching(labels)
+    queue = list(lines)
+    for number in queue:
+        for other in neighbours[number]:
+            if other not in lines:
+                lines[other] = lines[number] + 1
+                queue.append(other)
+    behind = [number for number in set(border.tolist()) if lines.get(number, 1) % 2 == 0]
+    discs = [labels == number for number in np.unique(labels) if number not in behind]
+    return sorted(discs, key=lambda disc: np.nonzero(disc)[1].mean()), np.isin(labels, behind)
+
+
+def is_cut(region: np.ndarray) -> bool:
+    """Whether a region, bool (H, W), reaches the picture's border, as a disc does that goes on beyond it."""
+    return any(side.any() for side in (region[0], region[-1], region[:, 0], region[:, -1]))
+
+
+def touching(labels: np.ndarray) -> dict[int, list[int]]:
+    """The neighbours of each area, across a side longer than the corner at which lines cross."""
+    pairs = Counter()
+    for one, other in ((labels[:-1], labels[1:]), (labels[:, :-1], labels[:, 1:])):
+        differ = one != other
+        pairs.update(zip(one[differ].tolist(), other[differ].tolist()))
+    neighbours = defaultdict(list)
+    for (one, other), count in pairs.items():
+        if count + pairs.get((other, one), 0) > BLUR:
+            neighbours[one].append(other)
+            neighbours[other].append(one)
+    return neighbours
 
 
 def grading_point(hint: np.ndarray) -> tuple[int, int]:

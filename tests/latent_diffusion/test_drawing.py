@@ -1,5 +1,7 @@
 """Pictures of prompts are those of diffusers' pipeline from the same noise, however many are drawn at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -19,15 +21,17 @@ def base(pipeline_folder):
     return load_base(pipeline_folder)
 
 
-def test_pictures_are_the_pipelines(base, pipeline_folder):
+@pytest.mark.parametrize("options", [OPTIONS, replace(OPTIONS, timestep_spacing="leading", final_alpha="first")])
+def test_pictures_are_the_pipelines(base, pipeline_folder, options):
     with quiet():
         pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    ours = {"timestep_spacing": options.timestep_spacing, "set_alpha_to_one": options.final_alpha == "one"}
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **ours)
     noise = ImageNoise([(7, 1), (7, 2), (7, 1, 5)]).draw((4, 8, 8))
     prompts = [prompt for prompt, _ in ITEMS]
     theirs = pipeline(prompts, latents=noise, num_inference_steps=3, guidance_scale=3.0, output_type="np").images
-    ours = draw_prompts(base, ITEMS, OPTIONS)
+    ours = draw_prompts(base, ITEMS, options)
     assert theirs.std() > 0.05
     wanted = to_uint8(torch.from_numpy(theirs).permute(0, 3, 1, 2) * 2 - 1)
     assert (ours.int() - wanted.int()).abs().max() <= 1

@@ -72,7 +72,8 @@ def hint_folder(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def circles(tmp_path_factory) -> Path:
-    """Pictures of 64x64 with one circle or two; four of them are held out."""
+    """Pictures of 64x64 with one circle or two, of lines that so few pixels can show; four of them are held out."""
     folder = tmp_path_factory.mktemp("circles") / "data"
-    fill50k.main(fill50k.parse_arguments([str(folder), "--count", "44", "--size", "64"]))
+    flags = "--count", "44", "--size", "64", "--line-width", "16"
+    fill50k.main(fill50k.parse_arguments([str(folder), *flags]))
     return folder

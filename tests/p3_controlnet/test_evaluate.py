@@ -29,9 +29,10 @@ def judge(hint, picture=None, prompt=None):
     return evaluate.judge(draw_hint(hint, SIZE), drawn, hint.prompt if prompt is None else prompt)
 
 
-@pytest.mark.parametrize("scene", [one(), one(x=30), two(), two("red", "red")])
+@pytest.mark.parametrize("scene", [one(), one(x=30), one(x=5), two(), two("red", "red")])
 def test_a_target_is_all_right(scene):
     judgement = judge(scene)
+    assert judgement["cut"] == (scene.circles[0].x == 5)
     assert judgement["iou"] >= 0.98
     assert judgement["colours_right"] is True
     assert len(judgement["discs"]) == len(scene.circles)
@@ -121,6 +122,8 @@ def test_the_script_judges_a_folder(drawn, clip_folder, tmp_path, monkeypatch, c
     scores = [image["iou"] * (image["cosine"] + 1) / 2 for image in result["images"]]
     assert figures["score_all"] == pytest.approx(np.mean(scores))
     assert [len(image["discs"]) for image in result["images"]] == [1, 2] * 3
+    cut = [image for image in result["images"] if image["cut"]]
+    assert (result["cut"], result["whole"]["images"]) == (evaluate.summarise(cut), 6 - len(cut))
     printed = capsys.readouterr().out
     assert "target/5.png" in printed
     assert f"{figures['score_best']:.4f}" in printed

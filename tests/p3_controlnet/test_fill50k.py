@@ -32,6 +32,19 @@ def test_the_folder_has_the_courses_layout(tmp_path):
         np.testing.assert_array_equal(images, [draw(drawn, 32) for drawn in scenes])
 
 
+def test_lines_of_one_width_and_rough_ones(tmp_path):
+    flags = "--count", "6", "--size", "64"
+    hints = {}
+    for name, more in {"plain": (), "wide": ("--line-width", "12"), "broken": ("--rough", "broken")}.items():
+        table = make(tmp_path / name, *flags, *more)
+        hints[name] = read_hints(read_pairs(table), tmp_path / name, 64).int()
+    assert table.read_text() == (tmp_path / "plain" / "prompt.json").read_text()
+    assert (hints["wide"].sum(dim=(1, 2, 3)) > 1.3 * hints["plain"].sum(dim=(1, 2, 3))).all()
+    assert hints["broken"].sum() < hints["plain"].sum()
+    for target in (tmp_path / "plain" / "target").iterdir():
+        assert target.read_bytes() == (tmp_path / "broken" / "target" / target.name).read_bytes()
+
+
 @pytest.mark.parametrize("circles", [1, 2])
 def test_held_out_scenes_of_one_kind(circles, tmp_path):
     table = make(tmp_path, "--count", "10", "--size", "32", "--circles", str(circles), "--held-out")
@@ -60,7 +73,7 @@ def test_shipped_examples_are_what_it_makes(tmp_path):
     assert [len(read_prompt(pair.prompt)[0]) for pair in (gray, colours)] == [1, 2]
 
 
-@pytest.mark.parametrize("flags", [["--count", "0"], ["--size", "31"], ["--seed", "-1"]])
+@pytest.mark.parametrize("flags", [["--count", "0"], ["--size", "31"], ["--seed", "-1"], ["--line-width", "0"]])
 def test_bad_arguments_leave_nothing_behind(flags, tmp_path, refusal):
     line = refusal(fill50k.main, fill50k.parse_arguments([str(tmp_path / "out"), "--count", "2", *flags]))
     assert flags[1] in line

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline
 from PIL import Image
 
 from common.sampling import ImageNoise
@@ -45,6 +45,8 @@ def by_diffusers(pipeline_folder, controlnet_folder, items, options, count):
         pipeline_folder, controlnet=theirs if count > 1 else theirs[0], safety_checker=None
     )
     pipeline.set_progress_bar_config(disable=True)
+    steps = {"timestep_spacing": options.timestep_spacing, "set_alpha_to_one": options.final_alpha == "one"}
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **steps)
     noise = ImageNoise([(options.seed, zlib.crc32(pair.target.encode())) for pair, _ in items])
     hints = torch.stack([hint for _, hint in items])
     side = hints.shape[-1] // 8
@@ -74,6 +76,7 @@ def by_diffusers(pipeline_folder, controlnet_folder, items, options, count):
         ({"guess_mode": True, "guidance_scale": 1.0}, 1),
         ({"control_scale": (0.5, 0.8)}, 2),
         ({"size": 96, "patch_size": 96}, 1),
+        ({"timestep_spacing": "leading", "final_alpha": "first", "steps": 5}, 1),
     ],
 )
 def test_pictures_are_those_of_diffusers(pipeline_folder, controlnet_folder, hint_folder, options, count):

@@ -1,5 +1,6 @@
 """Scenes, their sentences and their drawings."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from common.data import read_image
+from common.runtime import seeded_generator
 from latent_diffusion.miniature.colours import COLOURS, rgb_to_lab
 from latent_diffusion.miniature.scenes import (
     Circle,
@@ -16,6 +19,7 @@ from latent_diffusion.miniature.scenes import (
     held_out,
     random_scenes,
     read_prompt,
+    roughen,
 )
 
 
@@ -67,7 +71,8 @@ def test_random_scenes_keep_their_promises(circles, held):
         for circle in drawn.circles:
             assert held_out(circle.colour, drawn.background) == held
             assert cie76(circle.colour, drawn.background) > 20
-            assert min(circle.x, circle.y, size - circle.x, size - circle.y) >= circle.radius + 2
+            assert 0 <= min(circle.x, circle.y) <= max(circle.x, circle.y) <= size
+            assert 0.1 * size <= circle.radius <= (0.5 if circles == 1 else 0.3) * size
         if circles == 2:
             one, two = drawn.circles
             assert two.x - one.x > size / 10
@@ -77,6 +82,12 @@ def test_random_scenes_keep_their_promises(circles, held):
         same = np.mean([drawn.circles[0].colour == drawn.circles[1].colour for drawn in scenes])
         assert 0.1 < same < 0.45
     assert len({drawn.prompt for drawn in scenes}) > 130
+    whole = [all(min(c.x, c.y, size - c.x, size - c.y) >= c.radius + 2 for c in drawn.circles) for drawn in scenes]
+    assert 0.4 < np.mean(whole) < 0.8
+    assert max(circle.radius for drawn in scenes for circle in drawn.circles) > (0.45 if circles == 1 else 0.28) * size
+    widths = [drawn.line_width * 512 for drawn in scenes]
+    assert (2 <= min(widths) < 2.2, 7.8 < max(widths) <= 8) == (True, True)
+    assert 0.4 < np.mean([drawn.soft for drawn in scenes]) < 0.6
     inside = [any(np.hypot(c.x - 48, c.y - 48) < c.radius for c in drawn.circles) for drawn in scenes]
     assert 0.1 < np.mean(inside) < 0.9  # the picture's centre lies in a disc or in the background
 
@@ -112,17 +123,52 @@ def test_drawings_agree_with_supersampling(size):
             for circle in drawn.circles:
                 pen.ellipse(box(circle, fine, 0), COLOURS[circle.colour])
 
-        def paint_hint(pen, fine, drawn=drawn):
-            for circle in drawn.circles:
-                pen.ellipse(box(circle, fine, 1), "white")
-                pen.ellipse(box(circle, fine, -1), "black")
+        picture = draw_target(drawn, size)
+        assert (picture.dtype, picture.shape) == (np.uint8, (size, size, 3))
+        errors = np.abs(picture - supersampled(drawn, size, paint_target))
+        assert errors.max() < 40  # of 255: a straight edge at a slant covers slightly less than its distance says
+        assert errors.mean() < 1
 
-        for draw, paint in ((draw_target, paint_target), (draw_hint, paint_hint)):
-            picture = draw(drawn, size)
-            assert (picture.dtype, picture.shape) == (np.uint8, (size, size, 3))
-            errors = np.abs(picture - supersampled(drawn, size, paint))
-            assert errors.max() < 40  # of 255: a straight edge at a slant covers slightly less than its distance says
-            assert errors.mean() < 1
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("width", [2, 8])
+def test_hints_are_rings_of_the_line_s_width(width, soft):
+    drawn = Scene((Circle(90, 250, 130, "red"),), "navy", width / 512, soft)
+    picture = draw_hint(drawn, 512)
+    assert (picture.dtype, picture.shape) == (np.uint8, (512, 512, 3))
+    distance = np.hypot(*(np.indices((512, 512)) + 0.5 - np.array([250, 90])[:, None, None]))
+    from_edge = np.abs(distance - 130)
+    assert (picture[from_edge > width / 2 + 1.6] == 0).all()
+    assert (picture[from_edge < width / 2 - 1.6] == 255).all()
+    assert set(np.unique(picture)) == {0, 255} or soft
+    lit = picture[..., 0].sum() / 255
+    assert lit == pytest.approx((from_edge < width / 2).sum(), rel=0.05)
+
+
+@pytest.mark.parametrize("flaw", [None, "broken", "jpeg"])
+def test_small_hints_are_what_is_read_of_a_grader_s_file(flaw, tmp_path):
+    for k, drawn in enumerate(random_scenes(4, 96, 12, (1, 2), False)):
+        circles = [replace(c, x=c.x * 512 / 96, y=c.y * 512 / 96, radius=c.radius * 512 / 96) for c in drawn.circles]
+        large = draw_hint(replace(drawn, circles=tuple(circles)), 512, flaw, seeded_generator(k))
+        Image.fromarray(large).save(tmp_path / "0.png")
+        small = draw_hint(drawn, 96, flaw, seeded_generator(k))
+        assert np.abs(small.astype(int) - read_image(tmp_path / "0.png", 96)).max() <= 2
+
+
+def test_flaws_spoil_a_little_of_the_lines():
+    lost = []
+    for k, drawn in enumerate(random_scenes(8, 512, 13, (1, 2), False)):
+        plain = draw_hint(drawn, 512).astype(int)
+        broken, noisy = (draw_hint(drawn, 512, flaw, seeded_generator(k)).astype(int) for flaw in ("broken", "jpeg"))
+        lost.append(1 - broken.sum() / plain.sum())
+        assert ((broken == plain) | (broken == 0)).all()
+        assert 0 < np.abs(noisy - plain).mean() < 8
+    assert 0.01 < np.mean(lost) < max(lost) < 0.4
+    rough = [roughen(drawn, seeded_generator(k)) for k, drawn in enumerate(random_scenes(200, 64, 14, (1,), False))]
+    assert {flaw for _, flaw in rough} == {None, "broken", "jpeg"}
+    widths = [drawn.line_width * 512 for drawn, _ in rough]
+    assert 1 <= min(widths) < 1.5
+    assert 11 < max(widths) <= 12
 
 
 def test_flat_colours_are_exact():
@@ -131,6 +177,3 @@ def test_flat_colours_are_exact():
     assert [tuple(picture[30, x].tolist()) for x in (20, 50, 35, 79)] == [
         COLOURS[name] for name in ("pale golden rod", "indigo", "teal", "teal")
     ]
-    hint = draw_hint(drawn, 80)
-    assert hint[30, [20, 27, 32, 35, 79]].tolist() == [[0] * 3] * 5
-    assert (hint[30, [29, 30]] > 250).all()
