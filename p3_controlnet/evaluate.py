@@ -45,6 +45,7 @@ from latent_diffusion.miniature.scenes import read_prompt
 from latent_diffusion.pairs import Pair, read_pair_image, read_pairs, usable
 from p3_controlnet.sample import add_places
 
+JUDGED = 256  # pixels: the side that larger hints of smaller pictures are reduced to
 BEST = 10  # pictures that the course's score is the mean of
 
 
@@ -131,8 +132,10 @@ def main(args) -> dict[str, Any]:
     clip, pictures = Clip(folder) if folder else None, []
 
     def judge_pair(pair: Pair) -> dict[str, Any]:
-        side = max(read_pair_image(pair, args.source, size=None).shape[:2])
-        picture = read_image(args.out / pair.target, side, f"{pair.where}: ")
+        hint, where = read_pair_image(pair, args.source, size=None), f"{pair.where}: "
+        drawn = read_image(args.out / pair.target, None, where)
+        side = min(max(hint.shape), max(JUDGED, *drawn.shape))
+        picture = read_image(args.out / pair.target, side, where)
         judgement = judge(read_pair_image(pair, args.source, side), picture, pair.prompt)
         pictures.append(picture)
         return {"target": pair.target, "prompt": pair.prompt} | judgement

@@ -2,7 +2,7 @@
 
 python fill50k.py runs/fill50k --count 20000                       # one circle or two
 python fill50k.py runs/test --count 200 --circles 1 --held-out     # colour pairs that training never shows
-python fill50k.py examples --count 20 --circles 1 --held-out --seed 2025 --report    # the examples of the project
+python fill50k.py examples --count 20 --circles 1 --held-out --seed 2025 --size 512 --report    # the shipped examples
 
 OUT gets prompt.json (a line an image), source/ (outlines, white on black) and target/ (discs on a background).
 """
