@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from common.cli import UserError
 from common.files import read_json
 from common.schedule import NoiseSchedule
-from latent_diffusion.files import SD_V1, read_stable_diffusion
+from latent_diffusion.files import SD_V1, find_folder, find_variant, read_stable_diffusion
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
@@ -185,7 +185,7 @@ def load_part(folder: Path, name: str, device: torch.device | str = "cpu", dtype
             if name == "tokenizer":
                 return kind.from_pretrained(part, local_files_only=True)
             # In another dtype, both libraries would make it torch's default for all threads while they read.
-            options = {"dtype": torch.float32, "output_loading_info": True}
+            options = {"dtype": torch.float32, "output_loading_info": True, "variant": find_variant(part)}
             model, information = kind.from_pretrained(part, local_files_only=True, **options)
     except Exception as error:  # both libraries let through whatever they stumble over
         reason = " ".join(str(error).split())[:200]
@@ -217,7 +217,7 @@ def load_base(
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; name a Stable Diffusion v1, such as sd-v1-4.ckpt")
-    folder = path if path.is_dir() else SD_V1
+    folder = find_folder(path, "scheduler/scheduler_config.json") if path.is_dir() else SD_V1
     schedule, prediction = read_schedule(folder / "scheduler" / "scheduler_config.json")
     loaded = {} if path.is_dir() else read_stable_diffusion(path, device, dtype, cache)
     parts = {name: loaded.get(name) or load_part(folder, name, device, dtype) for name in PARTS}

@@ -10,10 +10,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import accumulate
-from math import prod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,81 +25,54 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from common.checkpoint import load_about, load_pt, load_strictly, open_safetensors, save_tensors
+from common.checkpoint import load_strictly, save_tensors
 from common.cli import UserError, say
+from common.weights import WeightsFile, is_safetensors, open_weights
 
 SD_V1 = Path(__file__).resolve().parent / "v1"  # a pipeline folder without weights
 PUBLISHED = SD_V1 / "published_weights.json"  # names and shapes in the published files
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 CONTROL = "control_model."
-# Not needed for drawing: the VAE's discriminator, and positions, which are 0, 1, 2, ...
-IDLE = r"loss\.|(text_model\.)?embeddings\.position_ids$"
-# What training left in the published files beside the weights. Nothing else is unpickled but tensors.
-CALLBACKS = ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping", "lr_monitor.LearningRateMonitor")
-LEFTOVERS = (
-    *(f"{package}.callbacks.{name}" for package in ("pytorch_lightning", "lightning.pytorch") for name in CALLBACKS),
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-    "_codecs.encode",
-)
+# Not needed for drawing: the VAE's discriminator, what CLIP compares pictures with, and positions, which are 0, 1, 2...
+IDLE = re.compile(r"loss\.|text_projection|(text_model\.)?embeddings\.position_ids$|.*lora_")
 # The first pattern that some name in a file begins with says what the file is.
+CONTROLNET = rf"({re.escape(CONTROL)})?(zero_convs|input_hint_block|controlnet_\w+)\."
 KINDS = {
-    r"(lora_|.*\.lora_)": "a LoRA",
-    rf"({re.escape(CONTROL)})?(zero_convs|input_hint_block|controlnet_\w+)\.": "a ControlNet",
     r"conditioner\.": "Stable Diffusion XL",
     r"model\.diffusion_model\.joint_blocks\.": "Stable Diffusion 3",
     r"(model\.diffusion_model\.)?double_blocks\.": "Flux",
     r"cond_stage_model\.model\.": "Stable Diffusion v2",
-    re.escape(UNET): "Stable Diffusion v1",
+    rf"{re.escape(UNET)}(?!.*lora_)": "Stable Diffusion v1",
+    CONTROLNET: "a ControlNet",
+    r"lora_|.*\.lora_": "a LoRA",
+    r"model_ema\.": "EMA weights alone",
     r"(down_blocks|up_blocks|mid_block|conv_in)\.": "one model of a diffusers folder",
     rf"({re.escape(VAE)})?(encoder|decoder)\.": "a VAE",
 }
-AT_ONCE = 2**26  # numbers that are read before the file is opened anew, which gives its pages back
 
 
-@dataclass(frozen=True)
-class WeightsFile:
-    """A weights file, still on disk."""
+def describe(file: WeightsFile) -> str:
+    """What the file is, in words."""
+    if kind := file.about.get("kind"):
+        return f"a {kind} of this project"
+    kinds = (kind for pattern, kind in KINDS.items() if any(re.match(pattern, name) for name in file.shapes))
+    kind = next(kinds, f"no model that is known here (its first weight is {next(iter(file.shapes), None)})")
+    if kind == "Stable Diffusion v1":
+        if file.shapes.get(f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", ())[1:2] == (1024,):
+            return "Stable Diffusion v2"
+        if file.shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 4))[1:2] != (4,):
+            return "Stable Diffusion v1 for inpainting"
+    return kind
 
-    path: Path
-    shapes: Mapping[str, tuple[int, ...]]  # of its tensors by their names, in the file's order
-    about: Mapping[str, Any] = field(default_factory=dict)  # what this project saved with them; empty for others' files
 
-    def read(self, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of these names, in the file's order; each stays on disk until it is copied."""
-        left = [name for name in self.shapes if name in names]
-        while left:
-            count = 1 + sum(numbers < AT_ONCE for numbers in accumulate(prod(self.shapes[name]) for name in left))
-            part, left = left[:count], left[count:]
-            if is_safetensors(self.path):
-                with open_safetensors(self.path) as file:
-                    yield from ((name, file.get_tensor(name)) for name in part)
-            else:
-                state = load_ckpt(self.path)
-                yield from ((name, state[name]) for name in part)
+def locate(file: WeightsFile, prefix: str) -> dict[str, str]:
+    """Where the file has the weights whose original names start with the prefix, by these names.
 
-    def describe(self) -> str:
-        """What the file is, in words."""
-        if kind := self.about.get("kind"):
-            return f"a {kind} of this project"
-        kinds = (kind for pattern, kind in KINDS.items() if any(re.match(pattern, name) for name in self.shapes))
-        kind = next(kinds, f"no model that is known here (its first weight is {next(iter(self.shapes), None)})")
-        if kind == "Stable Diffusion v1":
-            if self.shapes.get(f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1] == 1024:
-                return "Stable Diffusion v2"
-            if self.shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 4))[1] != 4:
-                return "Stable Diffusion v1 for inpainting"
-        return kind
-
-    def locate(self, prefix: str) -> dict[str, str]:
-        """Where the file has the weights whose original names start with the prefix, by these names.
-
-        A U-Net's EMA weights are taken where the file has them: `model_ema.*`, whose names have lost their dots.
-        """
-        own = {n: n for n in self.shapes if n.startswith(prefix) and not re.match(IDLE, n.removeprefix(prefix))}
-        averaged = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in own}
-        return averaged if prefix == UNET and all(name in self.shapes for name in averaged.values()) else own
+    A U-Net's EMA weights are taken where the file has them: `model_ema.*`, whose names have lost their dots.
+    """
+    own = {n: n for n in file.shapes if n.startswith(prefix) and not IDLE.match(n.removeprefix(prefix))}
+    averaged = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in own}
+    return averaged if prefix == UNET and all(name in file.shapes for name in averaged.values()) else own
 
 
 @dataclass(frozen=True)
@@ -124,7 +95,7 @@ class ModelWeights:
             weights = [self.shapes[level] for level in levels if level in self.shapes]
             found = [weight.shape[-1] for weight in weights if weight.ndim]
             if not found:
-                kind = self.file.describe()
+                kind = describe(self.file)
                 raise UserError(f"{self.file.path}: is {kind} but lacks {name.format(0)}; name a whole file")
             sizes[size] = found if "{}" in name else found[0]
         return sizes
@@ -151,43 +122,32 @@ class ModelWeights:
         return model.eval()
 
 
-def is_safetensors(path: Path) -> bool:
-    """Whether a file is one by its name or its first bytes."""
-    if path.suffix == ".safetensors":
-        return True
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
-
-
-def load_ckpt(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a `.ckpt`, bare or under `state_dict`; they stay on disk until they are used.
+def find_folder(path: Path, file: str) -> Path:
+    """The folder in diffusers' layout that has a file: this one, or if it is a hub cache's, the newest snapshot in it.
 
     Raises:
-        UserError: it is truncated, no file of torch.save, without tensors, or asks for anything that could run code.
+        UserError: no folder there has the file; names what there is instead.
     """
-    content = load_pt(path, LEFTOVERS)
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    tensors = content.items() if isinstance(content, Mapping) else ()
-    state = {name: tensor for name, tensor in tensors if isinstance(name, str) and isinstance(tensor, Tensor)}
-    if not state:
-        raise UserError(f"{path}: holds no named tensors; name a model's weights file")
-    return state
+    places = [path, *sorted(path.glob("snapshots/*"), key=os.path.getmtime, reverse=True)]
+    for place in places:
+        if (place / file).is_file():
+            return place
+    held = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
+    raise UserError(f"{path}: has no {file}, but {held}; name a whole folder in diffusers' layout, or one file")
 
 
-def open_weights(path: Path) -> WeightsFile:
-    """The names and shapes in a `.safetensors` or `.ckpt`.
+def find_file(folder: Path, name: str) -> Path:
+    """A model's weights file in a diffusers folder: of this name, or its `.bin`, or a variant such as fp16."""
+    files = folder.glob(f"{name.partition('.')[0]}*.*")
+    found = [file for file in files if file.suffix in (".safetensors", ".bin")]
+    return min(found, key=lambda file: (file.name.count("."), file.suffix != ".safetensors"), default=folder / name)
 
-    Raises:
-        UserError: the file is missing, truncated, or neither; or it asks for anything that could run code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: {'is a folder' if path.exists() else 'no such file'}; name a weights file")
-    if not is_safetensors(path):
-        return WeightsFile(path, {name: tuple(tensor.shape) for name, tensor in load_ckpt(path).items()})
-    with open_safetensors(path) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
-    return WeightsFile(path, shapes, load_about(path))
+
+def find_variant(folder: Path) -> str | None:
+    """The variant of a model's weights in a diffusers folder, such as fp16; None if it has the plain ones."""
+    names = [path.name.split(".") for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+    variants = [name[1] if len(name) == 3 else None for name in sorted(names)]
+    return None if None in variants or not variants else variants[0]
 
 
 def find_weights(file: WeightsFile, prefix: str, convert: Callable[..., dict[str, Tensor]]) -> ModelWeights:
@@ -196,7 +156,7 @@ def find_weights(file: WeightsFile, prefix: str, convert: Callable[..., dict[str
     Their original names start with the prefix; `convert` is diffusers' function that converts such a model's state.
     Those that it leaves out keep their names, so that they are complained about.
     """
-    stored = file.locate(prefix)
+    stored = locate(file, prefix)
     state = {name: torch.empty(file.shapes[own], device="meta") for name, own in stored.items()}
     originals = {id(tensor): name for name, tensor in state.items()}
     config = read_config("vae" if prefix == VAE else "unet")
@@ -236,7 +196,7 @@ def make_models(file: WeightsFile) -> dict[str, nn.Module]:
     Raises:
         UserError: the file is no whole Stable Diffusion v1; the line says what it is.
     """
-    if (found := file.describe()) != "Stable Diffusion v1":
+    if (found := describe(file)) != "Stable Diffusion v1":
         mend = "give it as --controlnet" if found == "a ControlNet" else "name a file such as sd-v1-4.ckpt"
         raise UserError(f"{file.path}: is {found}, not Stable Diffusion v1; {mend}")
     models = {}
@@ -284,11 +244,9 @@ def cache_folder() -> Path:
 def convert_file(file: WeightsFile, copy: Path) -> WeightsFile:
     """Write a `.ckpt`'s weights as safetensors under their original names; returns the copy, or if need be the file."""
     say(f"{file.path}: keeping a copy that is read sooner, {copy}")
-    state, tensors = load_ckpt(file.path), {}
-    for prefix, *_ in PARTS.values():
-        tensors |= {name: state[own] for name, own in file.locate(prefix).items()}
+    names = {own: name for prefix, *_ in PARTS.values() for name, own in locate(file, prefix).items()}
     try:
-        save_tensors(copy, tensors, {"source": file.path.name})
+        save_tensors(copy, {names[own]: tensor for own, tensor in file.read(names)}, {})
     except UserError as error:
         print(f"warning: {error}; going on without a converted copy, which would be read sooner", file=sys.stderr)
         return file
@@ -301,8 +259,8 @@ def find_controlnet(file: WeightsFile) -> ModelWeights:
     Raises:
         UserError: the file holds no ControlNet; the line says what it is.
     """
-    if (found := file.describe()) != "a ControlNet":
-        raise UserError(f"{file.path}: is {found}, not a ControlNet; name another file")
+    if not any(re.match(CONTROLNET, name) for name in file.shapes):
+        raise UserError(f"{file.path}: is {describe(file)}, not a ControlNet; name another file")
     if any(name.startswith("controlnet_") for name in file.shapes):
         shapes = {name: torch.empty(shape, device="meta") for name, shape in file.shapes.items()}
         return ModelWeights(file, {name: name for name in shapes}, shapes)
@@ -324,3 +282,17 @@ def controlnet_sizes(weights: ModelWeights) -> dict[str, Any]:
 def original_controlnet_names() -> Mapping[str, str]:
     """The names in the published ControlNet's file, by diffusers' names."""
     return find_controlnet(WeightsFile(PUBLISHED, json.loads(PUBLISHED.read_text())["controlnet"])).stored
+
+
+def count_changes(file: WeightsFile, unet: UNet2DConditionModel) -> int:
+    """How many U-Net weights in a file of the original layout differ from a U-Net's by more than rounding."""
+    published = WeightsFile(PUBLISHED, json.loads(PUBLISHED.read_text())["sd_v1"])
+    names = {stored: name for name, stored in find_weights(published, UNET, convert_ldm_unet_checkpoint).stored.items()}
+    state, changed = unet.state_dict(), 0
+    for stored, theirs in file.read(names):
+        if (ours := state.get(names[stored])) is not None:
+            ours, theirs = ours.cpu(), theirs.reshape(ours.shape) if theirs.numel() == ours.numel() else theirs
+            eps = 2 * max(torch.finfo(tensor.dtype).eps for tensor in (ours, theirs))
+            fits = theirs.shape == ours.shape
+            changed += not (fits and torch.allclose(ours.float(), theirs.float(), rtol=eps, atol=eps**2))
+    return changed

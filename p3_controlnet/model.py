@@ -24,8 +24,9 @@ from common.cli import UserError
 from common.files import read_json
 from common.layers import zero_init
 from common.output import write_atomically
+from common.weights import open_weights
 from latent_diffusion.base import Base
-from latent_diffusion.files import controlnet_sizes, find_controlnet, open_weights
+from latent_diffusion.files import controlnet_sizes, find_controlnet, find_file, find_folder
 
 COPIED = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -212,8 +213,10 @@ class ControlNet(nn.Module):
         """
         path = Path(path)
         if path.is_dir():
+            inner = path / "controlnet"  # of a folder such as checkpoint-500, which diffusers' training writes
+            path = find_folder(inner if inner.is_dir() else path, CONFIG_FILE)
             config = read_config(path / CONFIG_FILE)
-            state, about = load_tensors(path / WEIGHTS_FILE)
+            state, about = load_tensors(find_file(path, WEIGHTS_FILE))
         elif "kind" in (file := open_weights(path)).about:
             state, about = load_model_file(path, "ControlNet")
             config = ControlNetConfig(**about["config"])

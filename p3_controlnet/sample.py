@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.cli import Parser, UserError, options_from, run, say
 from common.images import to_pil
 from common.output import stage_folder
+from common.weights import open_weights
 from latent_diffusion.drawing import add_drawing_flags, load_chosen_base
+from latent_diffusion.files import count_changes
 from latent_diffusion.miniature import BASE
 from latent_diffusion.pairs import read_hints, read_pairs, readable_pairs
 from p3_controlnet.model import ControlNet, check_fit
@@ -86,6 +88,12 @@ def load_sampler(args) -> tuple[HintSampler, HintOptions]:
     for path in paths:
         controlnet, about = ControlNet.load(path)
         check_fit(controlnet, base, str(path))
+        if path.is_file() and (changed := count_changes(open_weights(path), base.unet)):
+            print(
+                f"warning: {path}: {changed} of its U-Net's weights are not the base's, as sd_locked=False leaves them;"
+                " to draw with those, give the file as SD_CKPT too",
+                file=sys.stderr,
+            )
         controlnets.append(controlnet)
         if args.guidance_scale is None:
             options = replace(options, guidance_scale=about.get("guidance_scale", options.guidance_scale))

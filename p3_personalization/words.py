@@ -18,6 +18,7 @@ from transformers import CLIPTokenizer
 
 from common.checkpoint import load_tensors, save_tensors
 from common.cli import UserError
+from common.weights import items_of, load_content
 from latent_diffusion.base import Base, vector_tokens
 
 Words = Mapping[str, Tensor]
@@ -50,22 +51,45 @@ def save_words(path: Path, words: Words, about: Mapping[str, Any]) -> None:
     save_tensors(path, words, {"kind": "words"} | dict(about))
 
 
-def load_words(*paths: Path) -> Words:
-    """The words in files that `save_words` or diffusers' textual inversion script wrote.
+def check_rows(name: str, rows: Tensor, path: Path) -> Tensor:
+    """A word's vectors as they are used, float32 (n, width); a `UserError` if they are none, or not finite."""
+    if rows.ndim not in (1, 2) or not rows.numel():
+        raise UserError(f"{path}: {name}: vectors of shape {tuple(rows.shape)}; they must be (n, width)")
+    if not rows.isfinite().all():
+        raise UserError(f"{path}: {name}: vectors that are not finite; learn the word again")
+    return torch.atleast_2d(rows.detach()).float()
+
+
+def read_words(path: Path) -> Words:
+    """The words in one file, however programs write them.
+
+    This project and diffusers keep vectors under their token. The original textual inversion and the web UI keep them
+    in `string_to_param` or `emb_params`; the token is then the name in the file, or the file's own, in angle brackets.
 
     Raises:
-        UserError: a file is missing or broken, or holds anything but words; or two files have the same word.
+        UserError: the file is missing or broken, or holds anything but words.
     """
+    held = items_of(load_content(path))
+    params = items_of(held.get("string_to_param"))
+    found = dict(params.get("_parameters", params) or held)
+    if params or "emb_params" in held:
+        name = "-".join(str(held.get("name") or Path(path).stem).strip("<>").split())
+        found = {token if FORM.fullmatch(token) else f"<{name}>": rows for token, rows in found.items()}
+    others = [token for token, rows in found.items() if not isinstance(rows, Tensor) or not FORM.fullmatch(str(token))]
+    if others or not found:
+        what = f"holds {others[0]}, which is no learned word" if others else "holds no words"
+        raise UserError(f"{path}: {what} such as <new1>; name a file that textual_inversion.py wrote")
+    return {token: check_rows(token, rows, path) for token, rows in found.items()}
+
+
+def load_words(*paths: Path) -> Words:
+    """The words in files, see `read_words`; a `UserError` if two files have the same word."""
     words = {}
     for path in paths:
-        tensors, _ = load_tensors(path)
-        others = [name for name, rows in tensors.items() if not FORM.fullmatch(name) or rows.ndim not in (1, 2)]
-        if others or not tensors:
-            what = f"holds {others[0]}, which is no learned word" if others else "holds no words"
-            raise UserError(f"{path}: {what} such as <new1>; name a file that textual_inversion.py wrote")
-        if twice := sorted(words.keys() & tensors.keys()):
+        found = read_words(path)
+        if twice := sorted(words.keys() & found.keys()):
             raise UserError(f"{path}: has {twice[0]}, as an earlier file has; leave one of them out")
-        words |= {token: torch.atleast_2d(rows).float() for token, rows in tensors.items()}
+        words |= found
     return words
 
 
@@ -98,16 +122,18 @@ def load_custom(base: Base, path: Path) -> Base:
         UserError: the file is missing or broken, holds something else, or was made for another base.
     """
     tensors, _ = load_tensors(path)
-    words = {name: torch.atleast_2d(tensors.pop(name)).float() for name in [*tensors] if FORM.fullmatch(name)}
+    words = {name: check_rows(name, tensors.pop(name), path) for name in [*tensors] if FORM.fullmatch(name)}
     names = matrix_names(base.unet)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if len(tensor)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.numel()}
     wanted = {stored: tuple(base.unet.get_parameter(name).shape) for name, stored in names.items()}
     if not any(name.endswith(tuple(MATRICES.values())) for name in shapes):
         raise UserError(f"{path}: holds no matrices of Custom Diffusion; give learned words as --words")
     for name in shapes | wanted:
         if shapes.get(name) != wanted.get(name):
-            here, there = (of.get(name) or "missing" for of in (shapes, wanted))
+            here, there = (of.get(name, "missing") for of in (shapes, wanted))
             raise UserError(f"{path}: {name}: {here} in the file, {there} in the base; name the base it was made with")
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{path}: {name}: is not finite; train it again, or name another file")
     matrices = {name: tensors[stored] for name, stored in names.items()}
     return add_words(replace(base, unet=with_matrices(base.unet, matrices)), words)
 

@@ -77,7 +77,7 @@ def test_every_truncation_is_refused(tmp_path, tensors):
     [
         ("absent.safetensors", "no such weights file"),
         ("", "is a folder"),
-        ("pickle.pt", "not a whole safetensors file"),
+        ("pickle.pt", "holds weights without a config"),
         ("ours.safetensors", "holds Toy, not a Judge"),
         ("theirs.safetensors", "holds weights without a config"),
     ],

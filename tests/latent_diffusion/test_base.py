@@ -204,7 +204,7 @@ def wide(folder):
     [
         (shutil.rmtree, "{base}: no such file or folder; name a Stable Diffusion"),
         (lambda folder: shutil.rmtree(folder / "vae"), "{base}/vae: no such folder; a base has vae, text_encoder"),
-        (lambda folder: shutil.rmtree(folder / "scheduler"), "{base}/scheduler/scheduler_config.json: not a sch"),
+        (lambda folder: shutil.rmtree(folder / "scheduler"), "{base}: has no scheduler/scheduler_config.json, but "),
         (lambda folder: (folder / "tokenizer" / "tokenizer.json").unlink(), "{base}/tokenizer: holds neither"),
         (cut, "{base}/unet: not a UNet2DConditionModel ("),
         (without_a_weight, "{base}/text_encoder: lacks 1 weights (embeddings.position_embedding.weight"),

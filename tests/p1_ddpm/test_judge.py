@@ -91,7 +91,7 @@ def test_the_courses_classifier_is_read_exactly(tmp_path):
 @pytest.mark.parametrize(
     ("saved", "line"),
     [
-        ([1, 2], "has no state_dict"),
+        ([1, 2], "holds no named tensors but a list"),
         ({"state_dict": {"conv1.weight": torch.zeros(6, 3, 5, 5)}}, "does not fit LeNet: 9 missing"),
     ],
 )
