@@ -173,6 +173,27 @@ def test_a_full_disk_leaves_the_old_folder(base, copied, full_disk):
     assert [path.name for path in copied.parent.iterdir()] == ["base"]
 
 
+@pytest.mark.parametrize("form", ["bin", "fp16", "hub"])
+def test_folders_of_other_forms_are_read_quietly(copied, form, capsys):
+    expected = load_base(copied)
+    for file in [*copied.glob("*/*model.safetensors")]:
+        if form == "fp16":
+            file.rename(file.with_suffix(".fp16.safetensors"))
+        elif form == "bin":
+            name = "pytorch_model.bin" if "text_encoder" in str(file) else f"{file.stem}.bin"
+            torch.save(load_file(file), file.with_name(name))
+            file.unlink()
+    if form == "hub":
+        copied.rename(snapshot := copied.with_name("snapshot"))
+        (copied / "snapshots").mkdir(parents=True)
+        snapshot.rename(copied / "snapshots" / "0123abc")
+    read = load_base(copied)
+    for part in ("unet", "vae", "text_encoder"):
+        found, wanted = (getattr(one, part).state_dict() for one in (read, expected))
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert capsys.readouterr().err == ""
+
+
 def cut(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-50])

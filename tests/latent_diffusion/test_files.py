@@ -119,6 +119,12 @@ FORMS = {
     "without position_ids": lambda state: {name: t for name, t in state.items() if not name.endswith("position_ids")},
     "later text model": lambda state: {n.replace(".text_model.", "."): t for n, t in state.items()},
     "EMA": add_ema,
+    "wrapped": lambda state: {f"module.{name.replace(UNET, f'{UNET}_orig_mod.')}": t for name, t in state.items()},
+    "with what is not needed": lambda state: (
+        state
+        | dict.fromkeys((f"{UNET}out.2.lora_up.weight", "lora_unet_out.lora_down.weight"), torch.ones(2, 2))
+        | {"cond_stage_model.transformer.text_projection.weight": torch.ones(48, 48)}
+    ),
     "linear attention": lambda state: {
         name: t[:, :, 0, 0] if ".attn_1." in name and t.ndim == 4 else t for name, t in state.items()
     },
@@ -127,7 +133,7 @@ FORMS = {
 
 @pytest.mark.parametrize(("form", "suffix"), [("bare", "ckpt"), *((form, "safetensors") for form in FORMS)])
 def test_every_form_of_the_file(sd_state, base, tmp_path, form, suffix, monkeypatch):
-    monkeypatch.setattr("latent_diffusion.files.AT_ONCE", 1_000_000 if form == "bare" else 2**26)  # in pieces
+    monkeypatch.setattr("common.weights.AT_ONCE", 1_000_000 if form == "bare" else 2**26)  # in pieces
     state, path = FORMS[form](sd_state), tmp_path / f"sd.{suffix}"
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     torch.save(state, path) if suffix == "ckpt" else save_file(state, path)

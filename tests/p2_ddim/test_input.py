@@ -31,7 +31,7 @@ def test_noises_of_every_kind_give_the_same_image(kind, noise_folder, tmp_path, 
     expected = draw_faces(noise_folder / "00.pt")["00.png"]
     path = tmp_path / {"safetensors": "00.safetensors", "pth": "00.pth", "dots": "0.0.pt"}.get(kind, "00.pt")
     if kind == "safetensors":
-        save_file({"noise": noise}, path)
+        save_file({"noise": noise}, path, {"about": "noise of the TA"})
     else:
         if kind == "gpu":
             monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")

@@ -1,5 +1,6 @@
 """ControlNets in the original layout: read and written, and found where a student leaves them."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ def test_the_published_list_is_matched_without_rest():
 FORMS = {
     "original": lambda state: state,
     "without prefix": lambda state: {name.removeprefix("control_model."): tensor for name, tensor in state.items()},
+    "wrapped": lambda state: {name.replace(".", "._orig_mod.module.", 1): tensor for name, tensor in state.items()},
     "with the whole base": lambda state: state | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)},
 }
 
@@ -112,6 +114,41 @@ def test_the_students_controlnet_is_found_else_the_line_says_where_it_should_be(
     (tmp_path / "checkpoints" / "controlnet_sd.safetensors").rename(tmp_path / "sd" / "controlnet_sd.safetensors")
     assert np.array_equal(draw(), named)
     assert not np.array_equal(draw("--control-scale", "0"), named)
+
+
+def test_one_file_with_both_is_either_and_a_trained_decoder_is_not_dropped_silently(
+    draw, sd_state, control_state, control_file, tmp_path, capsys
+):
+    expected = draw("--controlnet", control_file)
+    torch.save({"state_dict": sd_state | control_state}, both := tmp_path / "both.ckpt")
+    assert np.array_equal(draw("--controlnet", both), expected)
+    assert "warning" not in capsys.readouterr().err
+    decoder = {name: t + 1e-4 for name, t in sd_state.items() if ".output_blocks.11.1.proj" in name}
+    torch.save({"state_dict": sd_state | control_state | decoder}, both)
+    assert np.array_equal(draw("--controlnet", both), expected)
+    assert f"{both}: {len(decoder)} of its U-Net's weights are not the base's" in capsys.readouterr().err
+    both.replace(tmp_path / "sd" / "sd-v1-4.ckpt")
+    assert not np.array_equal(draw("--controlnet", tmp_path / "sd" / "sd-v1-4.ckpt"), expected)
+    assert "warning" not in capsys.readouterr().err
+
+
+def as_bin(file):
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+
+
+def as_fp16(file):
+    file.rename(file.with_suffix(".fp16.safetensors"))
+
+
+@pytest.mark.parametrize("change", [as_bin, as_fp16])
+@pytest.mark.parametrize("place", [".", "snapshots/0123abc", "controlnet"])
+def test_folders_of_diffusers_training_and_of_the_hub_are_read(controlnet_folder, tmp_path, place, change):
+    (tmp_path / "snapshots").mkdir()
+    shutil.copytree(controlnet_folder, tmp_path / place, dirs_exist_ok=True)
+    change(tmp_path / place / "diffusion_pytorch_model.safetensors")
+    found, expected = ControlNet.load(tmp_path)[0], ControlNet.load(controlnet_folder)[0]
+    assert same(found.state_dict(), expected.state_dict())
 
 
 def test_the_controlnets_own_guidance_is_the_default(pipeline_folder, controlnet_folder, tmp_path):

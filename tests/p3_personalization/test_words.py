@@ -2,12 +2,15 @@
 
 import copy
 import shutil
+import sys
+import types
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from common.checkpoint import load_about
@@ -65,6 +68,33 @@ def test_words_of_diffusers_training_are_read(tmp_path):
         loaded = load_words(tmp_path / "learned_embeds.safetensors")["<cat-toy>"]
         assert (loaded.shape, loaded.dtype) == (shape, torch.float32)
         assert torch.equal(loaded, tensor.half().float().reshape(shape))
+
+
+class Params(nn.ParameterDict):
+    """As the original textual inversion pickles its words; the class is not there to run where they are read."""
+
+    __module__ = "ldm.modules.embedding_manager"
+
+
+ROWS = torch.randn(2, 16, generator=torch.Generator().manual_seed(4))
+FORMS = {
+    "diffusers": {"<toy>": ROWS},
+    "parameter": {"<toy>": nn.Parameter(ROWS)},
+    "web UI": {"string_to_token": {"*": 265}, "string_to_param": {"*": ROWS}, "name": "toy", "step": 500},
+    "original": {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": Params({"*": nn.Parameter(ROWS)})},
+    "emb_params": {"emb_params": ROWS},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_words_of_other_programs_are_read(tmp_path, form, monkeypatch):
+    monkeypatch.setitem(sys.modules, Params.__module__, types.SimpleNamespace(Params=Params))
+    torch.save(FORMS[form], path := tmp_path / ("learned.bin" if "<toy>" in FORMS[form] else "toy.pt"))
+    monkeypatch.delitem(sys.modules, Params.__module__)
+    ((token, rows),) = load_words(path).items()
+    assert token == "<toy>"
+    assert torch.equal(rows, ROWS)
+    assert not rows.requires_grad
 
 
 @pytest.mark.slow
@@ -149,7 +179,10 @@ def test_words_of_several_files_are_put_together(tmp_path):
     ("tensors", "complaint"),
     [
         ({"conv.weight": torch.zeros(2, 3)}, "holds conv.weight, which is no learned word"),
-        ({"<new1>": torch.zeros(1, 2, 3)}, "holds <new1>, which is no learned word"),
+        ({"<new1>": torch.zeros(1, 2, 3)}, r"<new1>: vectors of shape \(1, 2, 3\); they must be"),
+        ({"<new1>": torch.zeros(0, 16)}, r"<new1>: vectors of shape \(0, 16\); they must be"),
+        ({"<new1>": torch.tensor(1.0)}, r"<new1>: vectors of shape \(\); they must be"),
+        ({"<new1>": torch.full((1, 16), torch.nan)}, "<new1>: vectors that are not finite"),
         ({}, "holds no words such as <new1>"),
     ],
 )
@@ -199,6 +232,14 @@ def test_diffusers_reads_matrices_and_predicts_the_same(pipeline_folder, base, c
     assert (ours - plain).abs().max() > 1e-2
 
 
+def test_diffusers_bin_of_matrices_is_read(base, custom_file, tmp_path):
+    tensors = {name: tensor for name, tensor in load_file(custom_file(3)).items() if name[0] != "<"}
+    torch.save(tensors, path := tmp_path / "pytorch_custom_diffusion_weights.bin")
+    changed = load_custom(base, path).unet
+    for name in matrix_names(base.unet):
+        assert torch.equal(changed.get_parameter(name), base.unet.get_parameter(name) * 3)
+
+
 def without(name):
     return lambda tensors: {key: tensor for key, tensor in tensors.items() if name not in key}
 
@@ -210,6 +251,8 @@ def without(name):
         (without("up_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_k"), ": missing in the file, (16"),
         (lambda t: {name: torch.cat([x, x]) for name, x in t.items()}, "(32, 16) in the file, (16, 16) in the base;"),
         (lambda t: t | {"conv_in.weight": torch.ones(2)}, "conv_in.weight: (2,) in the file, missing in the base"),
+        (lambda t: {n: x.sum() if "to_k" in n else x for n, x in t.items()}, ": () in the file, (16, 16) in the base"),
+        (lambda t: {n: x / 0 if "to_v" in n else x for n, x in t.items()}, "is not finite; train it again"),
         (lambda t: t | {"<new1>": torch.ones(1, 15)}, "<new1>: its vectors are 15 wide, the base's 16"),
     ],
 )
