@@ -45,7 +45,7 @@ def load_model_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str,
     `kind` is the class name that the file must carry among its facts.
 
     Raises:
-        UserError: as `open_safetensors`, or the file belongs to another model.
+        UserError: as `open_weights`, or the file belongs to another model.
     """
     about = load_about(path)
     if (found := about.get("kind", "weights without a config")) != kind:

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.checkpoint import open_safetensors
 from common.cli import UserError, check, options_from
 from common.images import grid, to_pil, to_uint8
+from common.weights import open_weights
 from latent_diffusion.drawing import PromptOptions, PromptSampler
 from latent_diffusion.miniature.colours import COLOURS
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_hint, read_prompt
@@ -250,8 +250,7 @@ class Words(Page):
     def note(self) -> str:
         tokens = [*load_words(*self.files(generate.INVERSION))]
         for path in self.files(generate.CUSTOM_DIFFUSION):
-            with open_safetensors(path) as file:  # the names alone: the matrices beside them may be large
-                tokens += filter(FORM.fullmatch, file.keys())
+            tokens += filter(FORM.fullmatch, open_weights(path).shapes)  # the matrices beside them may be large
         mend = "nothing yet; run p3_personalization/textual_inversion.py, and name its file with --words"
         return f"Learned: {', '.join(dict.fromkeys(tokens)) or mend}"
 
