@@ -122,7 +122,7 @@ FORMS = {
     "wrapped": lambda state: {f"module.{name.replace(UNET, f'{UNET}_orig_mod.')}": t for name, t in state.items()},
     "with what is not needed": lambda state: (
         state
-        | dict.fromkeys((f"{UNET}out.2.lora_up.weight", "lora_unet_out.lora_down.weight"), torch.ones(2, 2))
+        | {name: torch.ones(2, 2) for name in (f"{UNET}out.2.lora_up.weight", "lora_unet_out.lora_down.weight")}
         | {"cond_stage_model.transformer.text_projection.weight": torch.ones(48, 48)}
     ),
     "linear attention": lambda state: {

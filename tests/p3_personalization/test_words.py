@@ -73,7 +73,7 @@ def test_words_of_diffusers_training_are_read(tmp_path):
 class Params(nn.ParameterDict):
     """As the original textual inversion pickles its words; the class is not there to run where they are read."""
 
-    __module__ = "ldm.modules.embedding_manager"
+    __module__ = "embedding_manager"
 
 
 ROWS = torch.randn(2, 16, generator=torch.Generator().manual_seed(4))
