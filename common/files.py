@@ -74,7 +74,8 @@ def list_files(folder: Path, suffixes: Collection[str], kind: str, below: bool =
                 others.append(str(path.relative_to(folder)))
         seen.add(real)  # a link may lead back
     if not found:
-        raise UserError(f"{folder}: holds no {kind}; name another folder")
+        other = f", only files such as {min(others)}" if others else ""
+        raise UserError(f"{folder}: holds no {kind}{other}; name another folder")
     if others:
         count = f"{len(others)} files are" if len(others) > 1 else "1 file is"
         note(str(folder), f"{folder}: {count} left out, such as {min(others)}: no {kind} by the name")

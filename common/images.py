@@ -48,7 +48,8 @@ def read_image(path: Path, size: int | None, mention: str = "", crop: bool = Fal
                 ImageOps.exif_transpose(image, in_place=True)
             image.load()
             if image.mode[0] in "IF":  # Pillow would clip, not scale, these
-                image = Image.fromarray(to_8_bits(np.asarray(image)))
+                clear, image = image.info.get("transparency"), Image.fromarray(to_8_bits(np.asarray(image)))
+                image.info |= {} if clear is None else {"transparency": clear // 257}
             if image.has_transparency_data and (layer := image.convert("RGBA")).getextrema()[3][0] < 255:
                 note(f"laid on {under}", f"{path}: is transparent; this and others like it are laid on {under}")
                 image = Image.alpha_composite(Image.new("RGBA", layer.size, under), layer)

@@ -56,7 +56,7 @@ def test_folders_are_listed_through_links_in_any_case_and_tell_what_is_left_out(
     left_out = "3 files are left out, such as 7.heic: no noises by the name"
     assert capsys.readouterr().err == f"note: {folder}: {left_out}\n"
     assert list_files(folder, (".pt",), "noises") == [folder / name for name in names[:3]]
-    with pytest.raises(UserError, match="data: holds no images"):
+    with pytest.raises(UserError, match=r"data: holds no images, only files such as 7\.heic; name"):
         list_files(folder, (".png",), "images")
 
 

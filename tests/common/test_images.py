@@ -96,6 +96,8 @@ def test_what_is_transparent_is_laid_on_a_colour_and_told_once(under, level, tmp
     assert capsys.readouterr().err.count("a.png: is transparent") == 1
     clear.convert("P").save(tmp_path / "p.png", transparency=clear.convert("P").getpixel((2, 0)))
     Image.new("L", (2, 2), 40).save(tmp_path / "l.png", transparency=40)
+    Image.fromarray(np.uint16([[9 * 257]])).save(tmp_path / "l16.png", transparency=9 * 257)
+    assert (read_image(tmp_path / "l16.png", None, under=under) == level).all()
     assert (read_image(tmp_path / "p.png", None, under=under)[0, 2] == level).all()
     assert (read_image(tmp_path / "l.png", None, under=under) == level).all()
     clear.putalpha(255)
