@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from latent_diffusion.base import Base, load_base
 from p3_personalization import custom_diffusion, learning
@@ -55,6 +56,26 @@ def custom_file(learned_words, base, tmp_path_factory):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def clip_vectors(clip_folder):
+    """Functions from a picture and from a text to transformers' own vectors of length one."""
+    model, tokenizer, processor = (
+        part.from_pretrained(clip_folder) for part in (CLIPModel, CLIPTokenizer, CLIPImageProcessor)
+    )
+
+    @torch.no_grad()
+    def image(picture):
+        vectors = model.get_image_features(**processor(picture, return_tensors="pt")).pooler_output
+        return torch.nn.functional.normalize(vectors[0], dim=0)
+
+    @torch.no_grad()
+    def text(words):
+        tokens = tokenizer(words, return_tensors="pt", truncation=True, max_length=20)
+        return torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output[0], dim=0)
+
+    return image, text
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_pictures_that_show_both_are_counted(draw, monkeypatch, capsys):
         (["--prompt", "a <new1> circle"], "--prompt: prompt 'a <new1> circle': is without <new2>"),
         (["--prompt", "<new1> <new2> <new3>"], "<new3> is no learned word"),
         (["--count", "0"], "--count 0: must be at least 1"),
-        (["--references", "absent"], "absent/0: holds no pictures of the concept"),
+        (["--references", "absent"], "absent/0: no such folder; name one with images"),
         (["--table", "{}/one.json"], "one.json: has one concept; both.png needs two"),
     ],
 )

@@ -1,7 +1,6 @@
 """What the Fall 2024 grader finds: its table, the files, pixels against diffusers' pipeline, and what is refused."""
 
 import json
-import shutil
 import zlib
 
 import numpy as np
@@ -48,7 +47,6 @@ def changed(**fields):
     [
         ("{", ": not JSON"),
         ("[]", ": not an object of concepts"),
-        ("{}", ": not an object of concepts"),
         (json.dumps({"../x": COURSE["0"]}), " concept '../x': its name is no number"),
         (json.dumps({"0": []}), " concept '0': is []"),
         (changed(token_name=None), " concept '0': has no \"token_name\""),
@@ -57,7 +55,6 @@ def changed(**fields):
         (changed(prompt=["<new1>"]), " concept '0': \"prompt_4_clip_eval\" has 2 entries for 1 prompts"),
         (changed(baseline=[[1, 2]]), " concept '0': \"baseline\" has 1 entries for 2 prompts"),
         (changed(baseline=[[1], [2]]), " concept '0': \"baseline\" is [[1], [2]]"),
-        (changed(baseline=7), " concept '0': \"baseline\" is 7"),
         (None, ": no such file; write it as in"),
     ],
 )
@@ -137,30 +134,16 @@ def test_other_files_in_the_way_are_refused_or_removed(drawn, arguments, tmp_pat
     (folder / "source1_prompt0_2.png").write_bytes(b"surplus")
     error = refusal(generate.main, arguments("--count", 2))
     assert "already holds 1 other files (source1_prompt0_2.png, ...)" in error
-    assert (folder / "source1_prompt0_0.png").read_bytes() == b"old"
+    args = arguments("--count", 2, "--overwrite", "--steps", 1001)
+    assert "--steps 1001: 1001 steps: choose from 1 to 1000" in refusal(generate.main, args)
+    assert {path.read_bytes() for path in folder.iterdir()} == {b"old", b"surplus"}
     assert len(drawn("--count", 2, "--overwrite")) == 8
-
-
-def test_more_steps_than_the_base_has_are_refused_before_files_go(arguments, pipeline_folder, tmp_path, refusal):
-    short = tmp_path / "short"
-    shutil.copytree(pipeline_folder, short)
-    file = short / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_train_timesteps": 20}))
-    surplus = tmp_path / "out" / "0" / "0" / "surplus.png"
-    surplus.parent.mkdir(parents=True)
-    surplus.write_bytes(b"old")
-    args = arguments("--steps", 21, "--overwrite")
-    args.base = short
-    assert "--steps 21: 21 steps: choose from 1 to 20" in refusal(generate.main, args)
-    assert surplus.read_bytes() == b"old"
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--count", 0], "--count 0: must be at least 1"),
-        (["--seed", -1], "--seed -1: must be at least 0"),
-        (["--words", "absent.safetensors"], "absent.safetensors: no such weights file"),
         (["--custom", "absent.safetensors"], "absent.safetensors: no such weights file"),
     ],
 )

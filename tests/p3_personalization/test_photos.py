@@ -1,8 +1,9 @@
 """Photos of a concept: their captions, the views that are encoded, and what a batch gets of them."""
 
+import shutil
+
 import pytest
 import torch
-from PIL import Image
 
 from common.cli import UserError
 from common.data import to_unit_range
@@ -13,12 +14,9 @@ from p3_personalization.words import add_words
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(photos, tmp_path):
     """Three photos, the second with captions of its own."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for k in range(3):
-        Image.new("RGB", (90, 64), (80 * k, 40, 200)).save(folder / f"{k}.png")
+    folder = shutil.copytree(photos / "0", tmp_path / "photos")
     (folder / "1.txt").write_text("{} on grass\n\n  my {}, and {} again \n", encoding="utf-8-sig")
     return folder
 
@@ -27,7 +25,7 @@ def test_photos_have_their_own_captions_or_the_folders_or_the_templates(folder):
     photos = read_photos(folder, "<new1>", 32, ["a {}", "the {}"])
     images = torch.stack([image for image, _ in photos])
     assert (images.shape, images.dtype) == ((3, 3, 32, 32), torch.uint8)
-    assert images[:, :, 0, 0].tolist() == [[0, 40, 200], [80, 40, 200], [160, 40, 200]]
+    assert images[:, :, 0, 0].tolist() == [[200, 0, 0], [200, 40, 0], [200, 80, 0]]
     own = ["<new1> on grass", "my <new1>, and <new1> again"]
     assert [captions for _, captions in photos] == [["a <new1>", "the <new1>"], own, ["a <new1>", "the <new1>"]]
     (folder / "templates.txt").write_text("photo of a {} dog\n")

@@ -1,7 +1,6 @@
 """Learning words through the script: what changes and what stays, resume, diffusers' reader, and bad input."""
 
 import pytest
-from PIL import Image
 
 from common.checkpoint import load_about
 from common.cli import UserError, options_from
@@ -35,8 +34,6 @@ def test_a_run_leaves_the_words_of_all_folders_in_one_file(finished, base):
     assert (about["step"], about["vectors"]) == (6, {"<new1>": 2, "<new2>": 2})
     assert about["training"]["initialiser"] == ["r", "r"]
     assert about["validation_loss"] > 0
-    with Image.open(finished / "samples_00000006.png") as picture:
-        assert picture.size == (4 * 66 + 2, 2 * 66 + 2)
 
 
 def test_only_the_new_rows_are_trained_and_the_base_stays_as_it_is(call, pipeline_folder, monkeypatch):
@@ -64,8 +61,6 @@ def test_a_killed_run_ends_like_an_undisturbed_one(call, finished, tmp_path):
         (["--smallest-crop", "0"], "--smallest-crop 0.0: must be 0.05 to 1"),
         (["--template", "a photo"], "template 'a photo': has no {}; write {} where the token <new1> goes"),
         (["--template", "{} and <new9>"], "prompt '<new1> and <new9>': <new9> is no learned word"),
-        (["--steps", "0"], "--steps 0: must be above 0"),
-        (["--base", "nowhere"], "nowhere: no such file or folder; name a Stable Diffusion v1"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(learning_arguments, tmp_path, refusal, flags, complaint):

@@ -60,25 +60,16 @@ def test_diffusers_reads_them_and_gives_the_same_contexts(pipeline_folder, words
         assert (ours[0] - ours[1]).abs().max() > 0.1
 
 
-def test_words_of_diffusers_training_are_read(tmp_path):
-    """Its script saves (n, width); files of the concepts library hold (width,)."""
-    rows = torch.randn(2, 16)
-    for shape, tensor in {(2, 16): rows, (1, 16): rows[0]}.items():
-        save_file({"<cat-toy>": tensor.half()}, tmp_path / "learned_embeds.safetensors", {"format": "pt"})
-        loaded = load_words(tmp_path / "learned_embeds.safetensors")["<cat-toy>"]
-        assert (loaded.shape, loaded.dtype) == (shape, torch.float32)
-        assert torch.equal(loaded, tensor.half().float().reshape(shape))
-
-
 class Params(nn.ParameterDict):
     """As the original textual inversion pickles its words; the class is not there to run where they are read."""
 
     __module__ = "embedding_manager"
 
 
-ROWS = torch.randn(2, 16, generator=torch.Generator().manual_seed(4))
+ROWS = torch.randn(2, 16, generator=torch.Generator().manual_seed(4)).half().float()
 FORMS = {
     "diffusers": {"<toy>": ROWS},
+    "concepts library": {"<toy>": ROWS[0].half()},
     "parameter": {"<toy>": nn.Parameter(ROWS)},
     "web UI": {"string_to_token": {"*": 265}, "string_to_param": {"*": ROWS}, "name": "toy", "step": 500},
     "original": {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": Params({"*": nn.Parameter(ROWS)})},
@@ -93,8 +84,8 @@ def test_words_of_other_programs_are_read(tmp_path, form, monkeypatch):
     monkeypatch.delitem(sys.modules, Params.__module__)
     ((token, rows),) = load_words(path).items()
     assert token == "<toy>"
-    assert torch.equal(rows, ROWS)
-    assert not rows.requires_grad
+    assert torch.equal(rows, ROWS[:1] if form == "concepts library" else ROWS)
+    assert (rows.dtype, rows.requires_grad) == (torch.float32, False)
 
 
 @pytest.mark.slow
@@ -123,7 +114,6 @@ def test_all_else_is_shared_and_the_given_base_stays_as_it_is(pipeline_folder, l
     shared = [name for name, parameter in extended.text_encoder.named_parameters() if parameter is theirs[name]]
     assert len(shared) == len(theirs) - 1
     assert (extended.unet, extended.vae) == (base.unet, base.vae)
-    # The base that was given still knows nothing of them.
     assert torch.equal(base.encode_prompts(PROMPTS), old)
     assert (len(base.tokenizer), base.text_encoder.config.vocab_size) == (190, 190)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.text_encoder.state_dict().items())
@@ -132,7 +122,6 @@ def test_all_else_is_shared_and_the_given_base_stays_as_it_is(pipeline_folder, l
 @pytest.mark.parametrize(
     ("token", "shape", "complaint"),
     [
-        ("red", (1, 16), "token 'red': write it in angle brackets"),
         ("<new 1>", (1, 16), "token '<new 1>': write it in angle brackets"),
         ("<OLD>", (1, 16), "token '<OLD>': exists already; choose another"),
         ("<|endoftext|>", (1, 16), "token '<|endoftext|>': exists already; choose another"),
@@ -190,8 +179,6 @@ def test_files_of_something_else_are_refused(tmp_path, tensors, complaint):
     save_file(tensors, path := tmp_path / "words.safetensors")
     with pytest.raises(UserError, match=f"^{path}: {complaint}"):
         load_words(path)
-    with pytest.raises(UserError, match="no such weights file"):
-        load_words(tmp_path / "none.safetensors")
 
 
 def test_the_matrices_are_all_keys_and_values_of_the_context(base):
