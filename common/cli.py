@@ -37,13 +37,11 @@ def format_default(default: Any) -> str:
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the description's line breaks and shows every flag's default."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
+    def _get_help_string(self, action: argparse.Action) -> str:
         plain_switch = action.const is True and action.default is False
-        if action.default in (None, (), []) or plain_switch:
-            return action.help
-        return (super()._get_help_string(action) or "").replace(
-            "%(default)s", format_default(action.default).replace("%", "%%")
-        )
+        plain = action.default in (None, (), []) or plain_switch
+        text = (action.help if plain else super()._get_help_string(action)) or ""
+        return text.replace("%(default)s", format_default(action.default)).replace("%", "%%")
 
 
 class Parser(argparse.ArgumentParser):

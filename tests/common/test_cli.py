@@ -53,7 +53,7 @@ def test_help_shows_defaults_as_one_would_type_them(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     parser = Parser(prog="draw.py")
     parser.add_argument("--weights", nargs="+", default=[Path.cwd() / "weights" / "a.pt", Path("/b.pt")], help="files")
-    parser.add_argument("--sizes", nargs="+", default=[4, 8], help="of 100 %% of them")
+    parser.add_argument("--sizes", nargs="+", default=[4, 8], help="of 100 % of them")
     parser.add_argument("--fast", action="store_true", help="or not")
     parser.add_argument("--share", default="5%", help="part")
     parser.add_argument("--csv", help="a file")

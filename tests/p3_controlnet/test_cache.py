@@ -158,7 +158,7 @@ def test_what_is_broken_or_too_long_is_named(base, pairs, data, tmp_path, capsys
     folder = tmp_path / "cache"
     folder.mkdir()
     (folder / "latents_00000.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=f"^{folder}/latents_00000.safetensors: not a whole safetensors file"):
+    with pytest.raises(UserError, match=f"^{folder}/latents_00000.safetensors: is a text file"):
         encode_pairs(base, pairs, data, 64, folder)
     with pytest.raises(UserError, match="cannot be written"):
         encode_pairs(base, pairs, data, 64, folder / "latents_00000.safetensors")

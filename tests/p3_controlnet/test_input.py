@@ -79,7 +79,7 @@ def test_flags_out_of_range(call, flags, complaint):
 def test_bad_weights(call, tmp_path, unet, controlnet, pipeline_folder):
     refused(call(base=tmp_path / "nowhere"), "nowhere")
     refused(call(controlnet=tmp_path / "nowhere"), "nowhere")
-    refused(call(controlnet=pipeline_folder), "config.json: no ControlNet's config", "No such file")
+    refused(call(controlnet=pipeline_folder), "has no config.json, but", "name a whole folder in diffusers' layout")
     ControlNet.from_unet(unet, (4, 4, 4, 4, 4)).save(tmp_path / "coarser", {})
     refused(call(controlnet=tmp_path / "coarser"), "coarser", "16 pixels a latent, the base has 8")
     ControlNet(ControlNetConfig(**asdict(controlnet.config) | {"cross_attention_dim": 24})).save(tmp_path / "other", {})

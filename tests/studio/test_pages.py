@@ -223,7 +223,7 @@ def test_words_that_come_later(pipeline_folder, words_file, tmp_path, monkeypatc
     draw(words, **WORDS, prompt="a <new1>")
     usual.write_bytes(b"torn")
     for use in (words.note, lambda: draw(words)):
-        with pytest.raises(UserError, match="not a whole safetensors file"):
+        with pytest.raises(UserError, match="is a text file"):
             use()
 
 
@@ -249,7 +249,7 @@ def test_missing_and_broken_weights(tmp_path, controlnet_folder):
     for page, complaint in (
         (Digits(none, CPU, "fp32"), "no such weights file"),
         (Faces(none, CPU), "no such weights file"),
-        (Faces(torn, CPU), "not a whole safetensors file"),
+        (Faces(torn, CPU), "is a text file"),
         (Circles(args_of(hint_sample, none, *flags)), "no such file or folder"),
         (Circles(args_of(hint_sample, none)), "no ControlNet for"),
     ):
