@@ -63,24 +63,11 @@ def test_accuracy_counts_what_the_grader_counts(graded, judges, capsys):
     assert "mean of the two accuracies: 97.50 %" in printed
 
 
-def spoil(svhn, what):
-    if what in ("no folder", "empty"):
-        shutil.rmtree(svhn)
-        if what == "empty":
-            svhn.mkdir()
-    elif what == "folder":
-        (svhn / "7_more").mkdir()
-    else:
-        (svhn / what).write_text("no picture")
-
-
 @pytest.mark.usefixtures("no_data")
 @pytest.mark.parametrize(
-    ("what", "line"),
+    ("stray", "line"),
     [
-        ("no folder", r"svhn: no such folder; fill it with: bash hw2_1.sh"),
-        ("empty", r"svhn: holds no images"),
-        ("folder", r"svhn/7_more: not a readable image"),
+        ("7_more/", r"svhn/7_more: not a readable image"),
         (".DS_Store", r"svhn/.DS_Store: a grader reads each file's digit from its first character"),
         ("grid.png", r"svhn/grid.png: a grader reads"),
         ("²_001.png", r"svhn/²_001.png: a grader reads"),
@@ -88,18 +75,26 @@ def spoil(svhn, what):
         ("4_001.png", r"svhn/4_001.png: layout 2025 has no 4 in svhn; set --layout"),
     ],
 )
-def test_what_would_break_the_grader_is_an_error(graded, judges, what, line):
-    spoil(graded / "svhn", what)
+def test_what_would_break_the_grader_is_an_error(graded, judges, stray, line):
+    path = graded / "svhn" / stray
+    path.mkdir() if stray.endswith("/") else path.write_text("no picture")
     with pytest.raises(UserError, match=line) as caught:
         judge_folder(graded, judges)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("no_data")
 def test_other_bad_input(graded, judges, tmp_path):
     with pytest.raises(UserError, match=r"judge_mnistm.safetensors: no such weights file"):
         judge_folder(graded, tmp_path)
     with pytest.raises(UserError, match=r"--seeds: .* is already drawn"):
         judge_folder(graded, judges, "--seeds", 1)
+    shutil.rmtree(graded / "svhn")
+    with pytest.raises(UserError, match=r"svhn: no such folder; fill it with: bash hw2_1.sh"):
+        judge_folder(graded, judges)
+    (graded / "svhn").mkdir()
+    with pytest.raises(UserError, match=r"svhn: holds no images"):
+        judge_folder(graded, judges)
 
 
 def numbered(labels):

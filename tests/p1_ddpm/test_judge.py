@@ -14,9 +14,8 @@ from p1_ddpm import judge
 
 def test_a_judge_learns_and_its_file_holds_the_accuracy_on_held_out_images(judges, stripes):
     loaded = judge.load_judge(judges, "mnistm")
-    every_tenth = range(9, 400, 10)
     right = 0
-    for i in every_tenth:
+    for i in range(9, 400, 10):
         logits = loaded(stripes.images[i : i + 1].float() / 127.5 - 1)
         right += int(logits.argmax()) == int(stripes.labels[i])
     assert loaded.about["held_out_accuracy"] == pytest.approx(right / 40, abs=1e-12)
