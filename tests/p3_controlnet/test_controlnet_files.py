@@ -132,21 +132,17 @@ def test_one_file_with_both_is_either_and_a_trained_decoder_is_not_dropped_silen
     assert "warning" not in capsys.readouterr().err
 
 
-def as_bin(file):
-    torch.save(load_file(file), file.with_suffix(".bin"))
-    file.unlink()
-
-
-def as_fp16(file):
-    file.rename(file.with_suffix(".fp16.safetensors"))
-
-
-@pytest.mark.parametrize("change", [as_bin, as_fp16])
+@pytest.mark.parametrize("form", ["bin", "fp16"])
 @pytest.mark.parametrize("place", [".", "snapshots/0123abc", "controlnet"])
-def test_folders_of_diffusers_training_and_of_the_hub_are_read(controlnet_folder, tmp_path, place, change):
+def test_folders_of_diffusers_training_and_of_the_hub_are_read(controlnet_folder, tmp_path, place, form):
     (tmp_path / "snapshots").mkdir()
     shutil.copytree(controlnet_folder, tmp_path / place, dirs_exist_ok=True)
-    change(tmp_path / place / "diffusion_pytorch_model.safetensors")
+    file = tmp_path / place / "diffusion_pytorch_model.safetensors"
+    if form == "fp16":
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    else:
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
     found, expected = ControlNet.load(tmp_path)[0], ControlNet.load(controlnet_folder)[0]
     assert same(found.state_dict(), expected.state_dict())
 

@@ -49,9 +49,8 @@ def test_one_patch_is_the_plain_call(unet, controlnet, batch, patch):
 def test_no_seams():
     """Each patch answers with a level of its own; from one to the next it changes gradually."""
     levels = iter([0.0, 1.0])
-    result = in_patches(lambda xt, t: torch.full_like(xt, next(levels)), 16, 8, cut=())(
-        torch.zeros(1, 1, 16, 24), torch.zeros(1)
-    )[0, 0, 0]
+    patched = in_patches(lambda xt, t: torch.full_like(xt, next(levels)), 16, 8, cut=())
+    result = patched(torch.zeros(1, 1, 16, 24), torch.zeros(1))[0, 0, 0]
     assert result[:8].eq(0).all()
     assert result[16:].eq(1).all()
     assert (result.diff() >= 0).all()

@@ -66,7 +66,7 @@ def test_checkpointing_changes_what_is_kept_and_not_the_gradients(unet, controln
     network = ControlledUNet(unet, [controlnet])
 
     def kept() -> int:
-        """Bytes kept from the forward pass for the backward pass, weights aside; each memory counted once."""
+        """Bytes kept from the forward pass for the backward pass, weights aside."""
         sizes = {}
 
         def pack(tensor):
