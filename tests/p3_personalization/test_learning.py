@@ -33,30 +33,20 @@ def batch(zeros):
     }
 
 
-def test_the_prediction_is_that_of_a_base_with_the_words_and_matrices(base, zeros, learned_words, batch):
-    other = base.unet.get_parameter(MATRIX) * 3 + 1
-    changed = copy.deepcopy(base.unet)
-    changed.get_parameter(MATRIX).data.copy_(other)
-    inputs = batch["x0"], batch["t"]
-    with torch.no_grad():
-        context = add_words(base, learned_words).encode_prompts(PROMPTS)
-        for learned, unet in ((Learned(learned_words), base.unet), (Learned(learned_words, {MATRIX: other}), changed)):
-            ours = learned(zeros, *inputs, batch["tokens"])
-            assert (ours - unet(*inputs, context).sample).abs().max() <= 1e-5
-            assert all(torch.equal(rows, learned_words[token]) for token, rows in learned.words().items())
-        assert (base.unet(*inputs, context).sample - ours).abs().max() > 1e-2
-    assert list(learned.unet_weights()) == [MATRIX]
-
-
-def test_gradients_are_those_of_the_whole_table_and_reach_nothing_else(base, zeros, learned_words, batch):
+@pytest.mark.parametrize("names", [[], [MATRIX]], ids=["words", "matrix"])
+def test_loss_and_gradients_are_those_of_a_base_that_has_all_of_it(base, zeros, learned_words, batch, names):
     """Against a text encoder all of whose rows are trained, and equation 2 written out."""
-    learned = Learned(learned_words, {MATRIX: base.unet.get_parameter(MATRIX)})
+    changed = {name: base.unet.get_parameter(name) * 3 + 1 for name in names}
+    learned = Learned(learned_words, changed)
+    assert all(torch.equal(rows, learned_words[token]) for token, rows in learned.words().items())
+    assert learned.unet_weights().keys() == changed.keys()
     loss = learning_loss(learned, zeros, batch)
     loss.backward()
 
     whole = copy.deepcopy(add_words(base, learned_words))
     table = whole.text_encoder.get_input_embeddings().weight.requires_grad_()
-    matrix = whole.unet.get_parameter(MATRIX).requires_grad_()
+    whole.unet.load_state_dict(changed, strict=False)
+    matrices = {name: whole.unet.get_parameter(name).requires_grad_() for name in names}
     a = whole.schedule.alphas_cumprod[batch["t"]].float().reshape(-1, 1, 1, 1)
     xt = a.sqrt() * batch["x0"] + (1 - a).sqrt() * batch["eps"]
     v = a.sqrt() * batch["eps"] - (1 - a).sqrt() * batch["x0"]
@@ -67,7 +57,10 @@ def test_gradients_are_those_of_the_whole_table_and_reach_nothing_else(base, zer
     scale = table.grad[-3:].abs().max()
     assert scale > 1e-6
     assert (learned.rows.grad - table.grad[-3:]).abs().max() <= 1e-4 * scale
-    assert (learned.unet_weights()[MATRIX].grad - matrix.grad).abs().max() <= 1e-4 * matrix.grad.abs().max()
+    for name, matrix in matrices.items():
+        scale = matrix.grad.abs().max()
+        assert scale > 1e-6
+        assert (learned.unet_weights()[name].grad - matrix.grad).abs().max() <= 1e-4 * scale
     for model in (zeros.text_encoder, zeros.unet, base.text_encoder, base.unet):
         assert all(parameter.grad is None for parameter in model.parameters())
 
