@@ -1,4 +1,4 @@
-"""What many tests share: one thread, a fresh accelerate in every test, and tiny digits."""
+"""What many tests share: one thread, a fresh accelerate in every test, tiny digits and faces."""
 
 import contextlib
 import resource
@@ -15,6 +15,7 @@ from common.cli import run
 from common.schedule import NoiseSchedule
 from p1_ddpm.digits import DOMAINS
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
+from p2_ddim.model import FaceUNet, FaceUNetConfig
 
 pytest_plugins = ["tests.stable_diffusion"]
 
@@ -50,24 +51,32 @@ def digits(tmp_path_factory):
     return root
 
 
+def save_random(path, kind, config, std, **facts):
+    """Write a network that predicts v, with all weights drawn anew, those that begin as zeros too."""
+    torch.manual_seed(0)
+    model = kind(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    about = {"kind": kind.__name__, "config": asdict(config), "schedule": asdict(NoiseSchedule("cosine"))}
+    save_tensors(path, model.state_dict(), about | {"prediction": "v"} | facts)
+    return path
+
+
 @pytest.fixture(scope="session")
 def tiny_digit_weights(tmp_path_factory):
-    """A small Context-UNet of all twenty classes, every weight random, so that labels and time matter."""
-    torch.manual_seed(0)
-    model = ContextUNet(ContextUNetConfig(widths=(16, 32), embedding=32))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    about = {
-        "kind": "ContextUNet",
-        "config": asdict(model.config),
-        "schedule": asdict(NoiseSchedule("cosine")),
-        "prediction": "v",
-        "domains": DOMAINS,
-        "image_size": 28,
-    }
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_tensors(path, model.state_dict(), about)
-    return path
+    """A small Context-UNet of all twenty classes, where labels and time matter."""
+    path, config = (
+        tmp_path_factory.mktemp("weights") / "tiny.safetensors",
+        ContextUNetConfig(widths=(16, 32), embedding=32),
+    )
+    return save_random(path, ContextUNet, config, 0.15, domains=DOMAINS, image_size=28)
+
+
+@pytest.fixture(scope="session")
+def face_weights(tmp_path_factory):
+    """A small face network for 16x16 images, which draws what is neither noise nor a face."""
+    config = FaceUNetConfig(patch_size=2, widths=(8, 16), blocks=1, attention=(False, True), embedding=16)
+    return save_random(tmp_path_factory.mktemp("weights") / "faces.safetensors", FaceUNet, config, 0.3, image_size=16)
 
 
 @pytest.fixture

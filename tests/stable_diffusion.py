@@ -12,6 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConf
 
 from benchmarks.sd_full_size import random_weights
 from latent_diffusion.files import PUBLISHED
+from p3_controlnet.model import ControlNet
 
 # Names and shapes in the published files.
 KEYS = json.loads(PUBLISHED.read_text())
@@ -20,6 +21,7 @@ LETTERS = [chr(code) for code in range(ord("!"), ord("~") + 1)]
 TOKENS = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
 VOCABULARY = {token: k for k, token in enumerate(TOKENS)}
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+HINT_CHANNELS = (4, 6, 8, 10)
 IDS = {"vocab_size": len(TOKENS), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
 
@@ -71,6 +73,14 @@ def pipeline_folder(tmp_path_factory) -> Path:
         vae=randomised(vae, seed=5), text_encoder=CLIPTextModel(text_config), tokenizer=tokenizer, unet=make_unet(),
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def controlnet_folder(tmp_path_factory) -> Path:
+    """A ControlNet for it, all of whose weights matter."""
+    folder = tmp_path_factory.mktemp("controlnet")
+    randomised(ControlNet.from_unet(make_unet(), HINT_CHANNELS), seed=2).save(folder, {}, fp16=False)
     return folder
 
 

@@ -8,7 +8,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers, speed
-from common.checkpoint import save_tensors
 from common.images import to_uint8
 from common.sampling import draw
 from p1_ddpm.digits import wanted_digits
@@ -23,16 +22,6 @@ SMALL = FaceUNetConfig(widths=(8, 16), blocks=1, attention=(False, True), embedd
 
 def call(*arguments):
     return speed.main(speed.parse_arguments([str(argument) for argument in arguments]))
-
-
-@pytest.fixture
-def faces(tmp_path):
-    """A small face network of random weights that predicts v."""
-    torch.manual_seed(0)
-    network = peers.StandIn(FaceUNet(SMALL)).network
-    facts = COURSE | {"config": SMALL.__dict__, "prediction": "v", "image_size": 16}
-    save_tensors(tmp_path / "faces.safetensors", network.state_dict(), facts)
-    return tmp_path / "faces.safetensors"
 
 
 def test_works_take_turns_and_the_median_counts():
@@ -80,12 +69,12 @@ def test_both_peers_draw_our_faces(prediction):
     assert (ours - peers.draw_faces(sampler, noises, options).int()).abs().max() <= 1
 
 
-def test_every_figure_is_there(tiny_digit_weights, faces, tmp_path):
+def test_every_figure_is_there(tiny_digit_weights, face_weights, tmp_path):
     flags = ["--images", 2, "--steps", 2, "--batch-size", 4, "--precision", "fp32", "--repeats", 1]
     digits = call("p1", "--weights", tiny_digit_weights, *flags, "--json", tmp_path / "p1.json")
     assert json.loads((tmp_path / "p1.json").read_text()) == digits
     assert len(digits["batch_seconds"]) == 2
-    drawn = call("p2", "--weights", faces, *flags)
+    drawn = call("p2", "--weights", face_weights, *flags)
     assert max(difference["mean_square"] for difference in drawn["difference"].values()) < 0.1
     for figures in (digits, drawn):
         assert figures["times_ours"].keys() == {"ours", "diffusers", "plain"}
@@ -94,6 +83,6 @@ def test_every_figure_is_there(tiny_digit_weights, faces, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [("--images", "0"), ("--loop-images", "11"), ("--size", "15")])
-def test_a_mistake_gives_one_line(faces, flags, refusal):
-    line = refusal(speed.main, speed.parse_arguments(["p2", "--weights", str(faces), *flags]))
+def test_a_mistake_gives_one_line(face_weights, flags, refusal):
+    line = refusal(speed.main, speed.parse_arguments(["p2", "--weights", str(face_weights), *flags]))
     assert line.startswith(" ".join(flags))

@@ -1,7 +1,6 @@
 """Small face networks of both kinds, noises for them, and a folder of faces."""
 
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common.checkpoint import save_tensors
-from common.schedule import NoiseSchedule
 from p2_ddim import sample
 from p2_ddim.model import FaceUNet, FaceUNetConfig
 
 # Small enough for fifty steps, with all that the course's network has: several levels, attention, wider skips.
 NARROW = FaceUNetConfig(widths=(16, 32), attention=(False, True), embedding=32)
-FOLDED = FaceUNetConfig(patch_size=2, widths=(8, 16), blocks=1, attention=(False, True), embedding=16)
 
 
 def make_model(config: FaceUNetConfig) -> FaceUNet:
@@ -39,15 +35,6 @@ def course_model() -> FaceUNet:
 @pytest.fixture(scope="session")
 def narrow_model() -> FaceUNet:
     return make_model(NARROW)
-
-
-@pytest.fixture(scope="session")
-def face_weights(tmp_path_factory):
-    """A checkpoint of a small network that predicts v for 16x16 images."""
-    about = {"kind": "FaceUNet", "config": asdict(FOLDED), "schedule": asdict(NoiseSchedule("cosine"))}
-    path = tmp_path_factory.mktemp("weights") / "faces.safetensors"
-    save_tensors(path, make_model(FOLDED).state_dict(), about | {"prediction": "v", "image_size": 16})
-    return path
 
 
 @pytest.fixture

@@ -11,9 +11,7 @@ from PIL import Image
 
 from p3_controlnet import fill50k
 from p3_controlnet.model import ControlNet
-from tests.stable_diffusion import make_unet, randomised
-
-HINT_CHANNELS = (4, 6, 8, 10)
+from tests.stable_diffusion import HINT_CHANNELS, make_unet, randomised
 
 
 @pytest.fixture
@@ -44,14 +42,6 @@ def batch() -> dict[str, torch.Tensor]:
         "context": torch.randn(2, 5, 16, generator=generator),
         "hint": torch.rand(2, 3, 64, 64, generator=generator),
     }
-
-
-@pytest.fixture(scope="session")
-def controlnet_folder(tmp_path_factory) -> Path:
-    """A ControlNet for it, all of whose weights matter."""
-    folder = tmp_path_factory.mktemp("controlnet")
-    randomised(ControlNet.from_unet(make_unet(), HINT_CHANNELS), seed=2).save(folder, {}, fp16=False)
-    return folder
 
 
 @pytest.fixture

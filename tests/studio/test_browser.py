@@ -27,7 +27,6 @@ PATIENCE = 300_000  # milliseconds: another program may have the processor
 
 @pytest.fixture(scope="module")
 def face_file(tmp_path_factory) -> Path:
-    """Where face weights come to lie later."""
     return tmp_path_factory.mktemp("later") / "faces.safetensors"
 
 
@@ -67,7 +66,6 @@ def address(
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium without a window."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -121,6 +119,11 @@ def source(page, place: str) -> str:
     return page.locator(f"{place} img").get_attribute("src")
 
 
+def wait_for_another(page, place: str, before: str) -> None:
+    """Wait until a place has another picture than before."""
+    page.wait_for_function(f"before => document.querySelector('{place} img')?.src != before", arg=before)
+
+
 def test_no_event_has_two_functions_that_defer(address):
     """Gradio would run them in turn without end."""
     with urllib.request.urlopen(address + "config") as answer:
@@ -147,18 +150,6 @@ def test_digits_and_the_way_there(page):
     assert source(page, "#digits-xt") not in (end, source(page, "#digits-the"))
 
 
-def test_a_mistake_is_told_once_and_mended(page):
-    tab(page, "Digits")
-    seed = page.locator("#digits-seed input")
-    seed.fill("")
-    page.locator("#digits-draw").click()
-    alert = page.locator("#digits-status [role=alert]")
-    assert alert.inner_text() == "seed is empty: choose from 0 to 2147483647"
-    seed.fill("3")
-    draw(page, "digits")
-    assert alert.count() == 0
-
-
 def test_faces_come_when_their_weights_do(page, face_file, face_weights):
     tab(page, "Two faces")
     notice = page.locator("#faces-note [role=note]")
@@ -176,11 +167,8 @@ def test_faces_come_when_their_weights_do(page, face_file, face_weights):
     slider = page.locator("#faces-alpha input[type=range]")
     box = slider.bounding_box()
     slider.click(position={"x": box["width"] * 0.9, "y": box["height"] / 2})
-    page.wait_for_function(
-        "before => document.querySelector('#faces-slerp img').src != before"
-        " && document.querySelector('#faces-status').innerText.includes('Done.')",
-        arg=before,
-    )
+    wait_for_another(page, "#faces-slerp", before)
+    tell(page, "#faces-status", "Done.")
 
 
 def test_circles_go_where_one_clicks(page):
@@ -196,7 +184,7 @@ def test_circles_go_where_one_clicks(page):
     page.wait_for_function(
         "document.querySelector('#circles-prompt textarea').value == 'navy circle and gold circle with pink background'"
     )
-    page.wait_for_function("before => document.querySelector('#circles-outlines img').src != before", arg=before)
+    wait_for_another(page, "#circles-outlines", before)
     hint.click(position={"x": 0.8 * box["width"], "y": 0.3 * box["height"]})
     page.wait_for_function("document.querySelector('#circles-x1 input[type=number]').value == '80'")
     draw(page, "circles")
@@ -215,15 +203,17 @@ def test_learned_words(page):
     prompt = page.locator("#words-prompt textarea")
     prompt.fill("a <new2> here")
     page.locator("#words-draw").click()
-    tell(page, "#words-status [role=alert]", "<new2> is no learned word")
+    alert = page.locator("#words-status [role=alert]")
+    assert "<new2> is no learned word" in alert.inner_text()
     prompt.fill("a <new1> here")
     draw(page, "words")
+    assert alert.count() == 0
     assert sizes(page, "#words-pictures") == [4 * 258 + 2]
     before = source(page, "#words-pictures")
     prompt.fill("a <new2> here")
     page.get_by_label("Custom Diffusion").check()
     page.locator("#words-draw").click()
-    page.wait_for_function("before => document.querySelector('#words-pictures img')?.src != before", arg=before)
+    wait_for_another(page, "#words-pictures", before)
     tell(page, "#words-status", "Done.")
     assert sizes(page, "#words-pictures") == [4 * 258 + 2]
 

@@ -37,49 +37,43 @@ def test_whole_numbers_choices_and_texts():
     assert [Control("prompt", "").check(text) for text in (None, " 🟡\n🟣 ")] == ["", "🟡 🟣"]
 
 
-class TestKept:
-    def test_a_file_that_changes_is_read_again(self, tmp_path):
-        file, calls = tmp_path / "weights", []
-        kept = Kept(lambda path: calls.append(path) or path.read_text())
-        with pytest.raises(FileNotFoundError):
-            kept(file)
-        file.write_text("one")
-        assert [kept(file), kept(file)] == ["one", "one"]
-        assert len(calls) == 2
-        file.write_text("two")
-        os.utime(file, ns=(1, 1))
-        assert kept(file) == "two"
+def test_files_and_folders_that_change_are_read_again(tmp_path):
+    file, folder, calls = tmp_path / "weights", tmp_path / "deep", []
+    (folder / "er").mkdir(parents=True)
 
-    def test_a_folder_and_other_files(self, tmp_path):
-        (tmp_path / "deep" / "er").mkdir(parents=True)
-        kept = Kept(lambda path, *more: sorted(file.name for file in path.rglob("*")) + [file.name for file in more])
-        assert kept(tmp_path / "deep") == ["er"]
-        (tmp_path / "deep" / "er" / "file").touch()
-        assert kept(tmp_path / "deep") == ["er", "file"]
-        assert kept(tmp_path / "deep", tmp_path / "not there") == ["er", "file", "not there"]
+    def read(*paths):
+        calls.append(paths)
+        return file.read_text(), sorted(path.name for path in folder.rglob("*"))
 
-    def test_no_two_read_at_once(self, tmp_path):
-        reading, most = [], []
+    kept = Kept(read)
+    with pytest.raises(FileNotFoundError):
+        kept(file, folder)
+    file.write_text("one")
+    assert kept(file, folder) == kept(file, folder) == ("one", ["er"])
+    assert calls == [(file, folder)] * 2
+    file.write_text("two")
+    os.utime(file, ns=(1, 1))
+    assert kept(file, folder) == ("two", ["er"])
+    (folder / "er" / "file").touch()
+    assert kept(file, folder) == ("two", ["er", "file"])
 
-        def read(path):
-            reading.append(path)
-            most.append(len(reading))
-            time.sleep(0.05)
-            reading.remove(path)
 
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(lambda kept: kept(tmp_path), [Kept(read) for _ in range(3)]))
-        assert most == [1, 1, 1]
+def test_no_two_read_at_once(tmp_path):
+    reading, most = [], []
+
+    def read(path):
+        reading.append(path)
+        most.append(len(reading))
+        time.sleep(0.05)
+        reading.remove(path)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda kept: kept(tmp_path), [Kept(read) for _ in range(3)]))
+    assert most == [1, 1, 1]
 
 
 def test_text_is_escaped():
-    for markup in (
-        figure(NASTY),
-        figure(NASTY, Image.new("RGB", (2, 2))),
-        line(NASTY),
-        complaint(NASTY),
-        notice(NASTY),
-    ):
+    for markup in [make(NASTY) for make in (figure, line, complaint, notice)]:
         assert NASTY not in markup
         assert "&lt;img src=x onerror=&quot;alert(1)&quot;&gt;" in markup
     assert notice("") == ""
@@ -87,6 +81,8 @@ def test_text_is_escaped():
 
 def test_a_figure_carries_its_picture():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    data = re.search(r'src="data:image/png;base64,([^"]+)"', figure("noise", Image.fromarray(pixels)))[1]
+    markup = figure(NASTY, Image.fromarray(pixels))
+    assert NASTY not in markup
+    data = re.search(r'src="data:image/png;base64,([^"]+)"', markup)[1]
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), pixels)
     assert "<img" not in figure("nothing yet")
