@@ -50,6 +50,8 @@ def load_model_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str,
     about = load_about(path)
     if (found := about.get("kind", "weights without a config")) != kind:
         raise UserError(f"{path}: holds {found}, not a {kind}; name another file")
+    if "config" not in about:
+        raise UserError(f"{path}: does not say its config; save it with train.py")
     averaged, _ = load_tensors(path, EMA_PREFIX)
     return averaged or load_tensors(path)[0], about
 
@@ -62,8 +64,10 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     Raises:
         UserError: names how many keys are missing, unexpected or of another shape, and a few of each.
     """
-    state = strip_wrappers(state)
-    expected = model.state_dict()
+    state, expected = strip_wrappers(state), model.state_dict()
+    lead = next(iter(state), "").partition(".")[0] + "."  # such as Lightning's `model.`
+    if not expected.keys() & state.keys() and all(name.startswith(lead) for name in state):
+        state = {name.removeprefix(lead): tensor for name, tensor in state.items()}
     misfits = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],

@@ -169,6 +169,8 @@ def load_pt(path: Path) -> Any:
             what = f"it asks for {wanted[1]}, which could run code, so it was not read; save plain tensors"
         elif "persistent" in reason:
             what = "holds a whole pickled model; save model.state_dict() with torch.save"
+        elif "subclass" in reason:
+            what = "holds a tensor of a class of its own; save it as a plain tensor"
         elif "operand" in reason or "magic number" in reason:
             what = "is a pickle that torch.save did not write by default; save it again with torch.save(state, path)"
         else:
@@ -192,6 +194,7 @@ def load_content(path: Path) -> Any:
 
 def strip_wrappers(state: Mapping[str, Value]) -> Mapping[str, Value]:
     """The state without what DistributedDataParallel and torch.compile put into names, unless two would be the same."""
+    state = {name: value for name, value in state.items() if name != "n_averaged"}  # torch.optim.swa_utils' count
     stripped = {WRAPPER.sub("", name): value for name, value in state.items()}
     return stripped if len(stripped) == len(state) else state
 
@@ -226,6 +229,8 @@ def find_state(content: Any, path: Path) -> Mapping[str, Tensor]:
     if not levels[chosen]:
         what = describe_content(content)
         raise UserError(f"{path}: holds no named tensors but {what}; save model.state_dict() with torch.save")
+    if bare := [name for name, tensor in levels[chosen].items() if tensor.is_meta]:
+        raise UserError(f"{path}: {bare[0]} has a shape but no numbers (a meta tensor); save the trained model")
     if others := [key for key in levels if key != chosen and len(levels[key]) == len(levels[chosen]) > 1]:
         say_once(f"{path}: taking the weights under {chosen!r}, not those under {', '.join(map(repr, others))}")
     return strip_wrappers(levels[chosen])

@@ -10,7 +10,7 @@ from torch import Tensor
 from common.cli import UserError
 from common.files import list_files
 from common.sampling import ImageNoise
-from common.weights import load_content
+from common.weights import Leftover, load_content
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,10 +32,14 @@ def read_noise_file(path: Path, channels: int, stride: int) -> list[Noise]:
     content = load_content(path)
     if isinstance(content, dict) and len(content) == 1:
         (content,) = content.values()
+    if isinstance(content, Leftover):
+        raise UserError(
+            f"{path}: holds a {type(content).__name__}, not one tensor; save one with torch.save(noise, ...)"
+        )
     if not isinstance(content, Tensor):
         found = f"{len(content)} things" if isinstance(content, dict | list | tuple) else type(content).__name__
         raise UserError(f"{path}: holds {found}, not one tensor; save one with torch.save(noise, ...)")
-    kind = content.dtype if content.layout == torch.strided else content.layout
+    kind = content.dtype if content.layout == torch.strided and not content.is_meta else content.layout
     if kind not in DTYPES:
         raise UserError(f"{path}: noise of {kind}; save it as a plain tensor of torch.float32")
     shape = tuple(content.shape)

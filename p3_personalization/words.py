@@ -53,6 +53,8 @@ def save_words(path: Path, words: Words, about: Mapping[str, Any]) -> None:
 
 def check_rows(name: str, rows: Tensor, path: Path) -> Tensor:
     """A word's vectors as they are used, float32 (n, width); a `UserError` if they are none, or not finite."""
+    if not rows.is_floating_point() or rows.layout != torch.strided or rows.is_meta:
+        raise UserError(f"{path}: {name}: vectors of {rows.dtype}, {rows.layout}; save plain ones of torch.float32")
     if rows.ndim not in (1, 2) or not rows.numel():
         raise UserError(f"{path}: {name}: vectors of shape {tuple(rows.shape)}; they must be (n, width)")
     if not rows.isfinite().all():

@@ -103,7 +103,7 @@ def toy():
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_wrappers_prefixes_come_off(prefix):
     source, target = toy(), toy()
     load_strictly(target, {prefix + name: tensor for name, tensor in source.state_dict().items()}, "file")

@@ -52,6 +52,7 @@ WRAPPED = {
     "both": {"model": rename("module._orig_mod.")},
     "both, reversed": {"state_dict": rename("_orig_mod.module.")},
     "a part alone": rename("", "_orig_mod."),
+    "AveragedModel": {"n_averaged": torch.tensor(3)} | rename("module."),
     "a default dictionary": collections.defaultdict(dict, {"state_dict": STATE}),
 }
 
@@ -134,6 +135,7 @@ OTHERS = {
     "holds a whole pickled model": save(nn.Linear(2, 2), _use_new_zipfile_serialization=False),
     "EMA weights without their names": save({"decay": 0.9, "shadow_params": [torch.ones(2)]}),
     "but only epoch, loss": save({"epoch": 1, "loss": [0.5]}),
+    "a has a shape but no numbers": save({"a": torch.ones(2, device="meta")}),
     "but one tensor of (3,)": save(torch.ones(3)),
 }
 
