@@ -17,7 +17,7 @@ demo: setup
 	$$PYTHON p2_ddim/evaluate.py outputs/p2 p2_ddim/examples/GT; \
 	$$PYTHON p2_ddim/figures.py --only eta strips; \
 	bash hw2_3.sh; \
-	$$PYTHON p3_controlnet/figures.py outputs/p3_figures; \
+	$$PYTHON p3_controlnet/figures.py --out outputs/p3_figures; \
 	bash hw2_3_2024.sh; \
 	$$PYTHON p3_personalization/figures.py; \
 	echo "P1 digits:  $$PWD/outputs/p1"; \

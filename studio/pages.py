@@ -202,7 +202,7 @@ class Circles(Page):
         given = vars(self.args) | values | {"control_scale": (values["strength"],)}
         options = options_from(Namespace(**given), HintOptions)
         size = sampler.sides(options)[0]
-        outlines = torch.from_numpy(draw_hint(self.scene(values, size), size)).permute(2, 0, 1)
+        outlines = torch.tensor(draw_hint(self.scene(values, size), size)).permute(2, 0, 1)
         pair = Pair("outlines", "picture.png", values["prompt"], "prompt")
         for done, step in enumerate(sampler.walk([(pair, outlines)], options), start=1):
             images = to_uint8(sampler.base.decode(step.x0 if done < options.steps else step.xt))

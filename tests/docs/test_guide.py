@@ -77,9 +77,12 @@ def test_functions_that_the_report_names_are_there():
 
 
 def test_commands_can_be_given(capsys):
-    """Each command names a program that is there, with arguments that it takes."""
+    """Each command, of the pages and of `make demo`, names a program that is there, with arguments that it takes."""
     looked_at, refused = 0, []
-    for folder, command in (found for page in PAGES for found in commands(page) if COMMAND.match(found[1])):
+    given = [found for page in PAGES for found in commands(page) if COMMAND.match(found[1])]
+    demo = re.findall(r"^\t\$\$PYTHON (.*?);", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(demo) >= 5
+    for folder, command in [*given, *((ROOT, f"python {line}") for line in demo)]:
         if program := program_of(folder, shlex.split(command.replace(" ...", ""))):
             looked_at += 1
             try:
