@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.cli import Parser, UserError, check, run
+from common.cli import Parser, UserError, check, format_default, run
 from common.files import read_json
 from common.images import list_images, plain_text, read_image
 from common.output import add_json_argument, check_json, check_output_folder, stage_folder, write_json
@@ -209,7 +209,8 @@ def main(args) -> dict[str, Any]:
         templates, combine = [f"{{}} circle with {name} background" for name in COLOURS], "best"
     templates = args.templates or templates
     scores = class_scores(clip, data, templates, combine)
-    result = {"clip": str(args.clip), "templates": templates, "combine": combine} | accuracies(scores, data.labels)
+    settings = {"clip": format_default(args.clip), "templates": templates, "combine": combine}
+    result = settings | accuracies(scores, data.labels)
     title = "top-1 {top1:.1%}, top-5 {top5:.1%} of {pictures} pictures, {classes} classes".format(**result)
     with stage_folder(args.out) as stage, torch.inference_mode(), plain_text():
         plot_confusion(result["confusion"], data.classes, title).savefig(stage / "confusion.png", dpi=120)
