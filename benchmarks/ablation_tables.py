@@ -68,11 +68,7 @@ def make_text(name: str, ablation: Ablation, result: Mapping[str, Any]) -> str:
 
 
 def replace_block(page: Path, name: str, content: str) -> str:
-    """A page's text with new content between the comments that begin and end a block.
-
-    Raises:
-        UserError: the page has no such block.
-    """
+    """A page's text with new content between two comments that enclose a block; a `UserError` if it has none."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)

@@ -51,11 +51,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> dict[str, Any]:
-    """Measure one ablation and return its figures; without a name, list all and return their states.
-
-    Raises:
-        UserError: bad settings, weights or data, or a page that lacks the block.
-    """
+    """Measure one ablation and return its figures; without a name, list all and return their states."""
     if args.name is None:
         states = {name: state_of(name) for name in ABLATIONS}
         for name, ablation in ABLATIONS.items():

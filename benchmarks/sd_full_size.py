@@ -65,11 +65,7 @@ def write_like(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
 
 
 def measure(command: Sequence[object]) -> tuple[dict[str, float], str]:
-    """Run a command; its seconds and peak memory (resident, GB), and its output.
-
-    Raises:
-        UserError: it failed.
-    """
+    """Run a command; its seconds and peak memory (resident, GB), and its output. A `UserError` if it fails."""
     with tempfile.TemporaryFile("w+") as output:
         started, peak = perf_counter(), 0
         process = subprocess.Popen(
@@ -100,11 +96,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> dict[str, Any]:
-    """Run everything; prints and returns the figures.
-
-    Raises:
-        UserError: a command failed; with the end of its output.
-    """
+    """Run everything; prints and returns the figures."""
     check_json(args.json)
     shapes = json.loads(PUBLISHED.read_text())
     if not args.checkpoint.exists():

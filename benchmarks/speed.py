@@ -230,11 +230,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def main(args) -> Figures:
-    """Time everything; prints and returns the figures.
-
-    Raises:
-        UserError: bad arguments or weights.
-    """
+    """Time everything; prints and returns the figures."""
     for name in ("images", "repeats"):
         check(name, getattr(args, name), getattr(args, name) > 0, "above 0")
     check_json(args.json)

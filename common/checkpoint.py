@@ -29,11 +29,7 @@ def load_about(path: Path) -> dict[str, Any]:
 
 
 def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a weights file: its tensors (only those under `prefix`, which is cut off) and the facts saved with them.
-
-    Raises:
-        UserError: as `open_weights`.
-    """
+    """A weights file's tensors (those under `prefix`, which is cut off) and its facts; errors as `open_weights`."""
     file = open_weights(path)
     names = {name for name in file.shapes if name.startswith(prefix)}
     return {name.removeprefix(prefix): tensor for name, tensor in file.read(names)}, dict(file.about)
@@ -42,10 +38,7 @@ def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[
 def load_model_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights for sampling and the facts to rebuild their model: a finished model, or the EMA part of a training state.
 
-    `kind` is the class name that the file must carry among its facts.
-
-    Raises:
-        UserError: as `open_weights`, or the file belongs to another model.
+    A `UserError` as `open_weights`, or if the file's facts do not name the class `kind`.
     """
     about = load_about(path)
     if (found := about.get("kind", "weights without a config")) != kind:
@@ -57,12 +50,9 @@ def load_model_file(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str,
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy the state into the model; every key and shape must fit.
+    """Copy the state into the model, without the prefixes that wrappers add to names; every key and shape must fit.
 
-    The prefixes that DistributedDataParallel and torch.compile add are taken off first.
-
-    Raises:
-        UserError: names how many keys are missing, unexpected or of another shape, and a few of each.
+    Else a `UserError` says how many keys are missing, unexpected or of another shape, and names a few of each.
     """
     state, expected = strip_wrappers(state), model.state_dict()
     lead = next(iter(state), "").partition(".")[0] + "."  # such as Lightning's `model.`
@@ -95,11 +85,7 @@ def to_half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def start_from(model: nn.Module, weights: Path, about: Mapping[str, Any]) -> None:
-    """Load weights for training to go on from.
-
-    Raises:
-        UserError: they do not fit, or were trained for another schedule or prediction than `about` says.
-    """
+    """Load weights to train on; a `UserError` unless they fit, with the schedule and prediction that `about` says."""
     state, theirs = load_model_file(weights, about["kind"])
     for name in ("schedule", "prediction"):
         if theirs[name] != about[name]:

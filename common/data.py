@@ -103,12 +103,9 @@ def read_csv_images(table: Path, size: int | None = None, classes: int = 10_000)
 
 
 def read_folder_images(folder: Path, size: int) -> LabelledImages:
-    """All images in a folder and the folders below it, in the order of their paths; every label is 0.
+    """All images in a folder and those below it, in the order of their paths; every label is 0.
 
-    They are those of `list_images`, cut and resized to a square.
-
-    Raises:
-        UserError: no such folder, no images in it, or a broken one.
+    They are those of `list_images`, cut and resized to a square. A `UserError` if there is none, or a broken one.
     """
     files = list_images(folder, below=True)
     with ThreadPoolExecutor() as pool, Progress(len(files), f"reading {folder}", "image") as phase:

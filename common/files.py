@@ -12,10 +12,9 @@ SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")  # beside
 
 
 def read_text(path: Path, mend: str) -> str:
-    """The text of a file in UTF-8, without its byte order mark; lines end with \\n.
+    """The text of a UTF-8 file without its byte order mark; lines end with \\n.
 
-    Raises:
-        UserError: there is no such file, or it has another encoding; the line ends with `mend`, or says where.
+    A `UserError` if there is no such file, or it has another encoding; the line ends with `mend`, or says where.
     """
     try:
         content = Path(path).read_bytes()
@@ -31,11 +30,7 @@ def read_text(path: Path, mend: str) -> str:
 
 
 def read_json(path: Path, mend: str) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        UserError: as `read_text`, or it is no JSON; the line ends with `mend`.
-    """
+    """What a JSON file holds; a `UserError` as `read_text`, or if it is no JSON."""
     try:
         value = json.loads(text := read_text(path, mend))
         if "\\u" in text:
@@ -49,10 +44,7 @@ def list_files(folder: Path, suffixes: Collection[str], kind: str, below: bool =
     """The files of a folder, and of those below it if `below`, with one of these suffixes, in the order of their paths.
 
     Capitals are fine, and links are followed. Hidden files, those of systems and .txt are passed over; a line on stderr
-    tells what else is left out.
-
-    Raises:
-        UserError: there is no such folder, or no such file in it; the line calls the files `kind`.
+    tells what else is left out. A `UserError` if there is no such folder or file; its line calls the files `kind`.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name one with {kind}")

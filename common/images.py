@@ -37,10 +37,7 @@ def read_image(path: Path, size: int | None, mention: str = "", crop: bool = Fal
 
     It is turned upright as its EXIF says; grayscale, palette, 16-bit and float images become 8-bit RGB; what is
     transparent is laid on the colour `under`. An image that is no square is squeezed into one, or with `crop` cut to
-    its middle.
-
-    Raises:
-        UserError: the file is missing or not an image; the line starts with `mention`.
+    its middle. A `UserError`, whose line starts with `mention`, if the file is missing or no image.
     """
     try:
         with Image.open(path) as image:

@@ -26,10 +26,7 @@ def matrices(first: Tensor, second: Tensor, least: int) -> tuple[Tensor, Tensor]
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Frechet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, equation 6).
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), with the covariances C over n - 1.
-
-    Raises:
-        UserError: fewer than two images in a set.
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), with the covariances C over n - 1; a `UserError` for a single image.
     """
     first, second = matrices(first, second, 2)
     means = first.mean(0), second.mean(0)
@@ -45,10 +42,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 def kernel_distance(first: Tensor, second: Tensor) -> float:
     """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4: KID).
 
-    Unbiased: its expectation does not depend on the number of images, and it may be slightly negative.
-
-    Raises:
-        UserError: fewer than two images in a set.
+    Unbiased: its expectation does not depend on the number of images, and it may be slightly negative. Two images
+    are the least, else a `UserError`.
     """
     first, second = matrices(first, second, 2)
 
@@ -67,10 +62,7 @@ def precision_recall(real: Tensor, drawn: Tensor, k: int) -> tuple[float, float]
 
     Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2): a set's manifold is the union of balls
     around its points, each reaching to the point's k-th neighbour in the set. Precision is the share of drawn points
-    inside the real manifold, recall that of real points inside the drawn one.
-
-    Raises:
-        UserError: a set has no more than k images.
+    inside the real manifold, recall that of real points inside the drawn one. A `UserError` for k images or fewer.
     """
     real, drawn = matrices(real, drawn, k + 1)
     distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # the shortcut loses small ones

@@ -19,8 +19,7 @@ UNFINISHED = ".unfinished-"
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file of the same name in a temporary folder, then move it to `path`, which is always whole.
 
-    Raises:
-        UserError: the folder cannot be written or the disk is full; an earlier file at `path` is untouched.
+    A `UserError` if the folder cannot be written or the disk is full; an earlier file at `path` is untouched.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,11 +44,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def check_output_folder(folder: Path) -> None:
-    """Make sure that `folder` exists and can be written.
-
-    Raises:
-        UserError: it is a file, or cannot be made or written.
-    """
+    """Make sure that `folder` exists and can be written; else a `UserError`."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder to write to")
@@ -64,11 +59,7 @@ def check_output_folder(folder: Path) -> None:
 def clear_way(out: Path, files: Iterable[Path | str], overwrite: bool) -> None:
     """Make sure that a grader will find nothing but these files, paths within `out`, in the folders they go to.
 
-    Other files are removed if `overwrite` says so.
-
-    Raises:
-        UserError: OUT cannot be written, or the folders hold other files and `overwrite` is off; nothing is removed
-            then.
+    Other files are removed if `overwrite` says so; else they are a `UserError`, as is an OUT that cannot be written.
     """
     check_output_folder(out)
     wanted = {Path(out) / file for file in files}
@@ -94,8 +85,7 @@ def clear_way(out: Path, files: Iterable[Path | str], overwrite: bool) -> None:
 def stage_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends well, and vanish when it does not.
 
-    Raises:
-        UserError: `folder` is a file or cannot be written.
+    A `UserError` if `folder` is a file or cannot be written.
     """
     check_output_folder(folder)
     try:
@@ -125,10 +115,6 @@ def check_json(path: Path | None) -> None:
 
 
 def write_json(path: Path | None, figures: Any) -> None:
-    """Write figures as one JSON document; with no path, do nothing.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write figures as one JSON document; with no path, do nothing. A `UserError` if the file cannot be written."""
     if path:
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(figures, indent=1) + "\n"))

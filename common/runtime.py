@@ -12,12 +12,9 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or the first CUDA GPU, else the CPU.
+    """The named device, or the first CUDA GPU, else the CPU; a `UserError` if the machine has no such device.
 
     Each process that `accelerate launch` starts has a GPU of its own. On a GPU, TF32 is turned off: fp32 means fp32.
-
-    Raises:
-        UserError: the name is not a device of this machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,12 +49,9 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def seeded_generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends only on the key, such as (seed, image) or (seed, step).
+    """A CPU generator that depends only on the key, such as (seed, image) or (seed, step); negative is a `UserError`.
 
     NumPy's SeedSequence mixes the key, so neighbouring keys give unrelated streams; zeros at a key's end do not count.
-
-    Raises:
-        UserError: a key is negative.
     """
     if any(number < 0 for number in key):
         raise UserError(f"seed {key[0]}: seeds are whole numbers from 0")

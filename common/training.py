@@ -185,8 +185,7 @@ class Trainer:
     def run(self) -> nn.Module:
         """Train until `options.steps`; returns the averaged model in eval mode.
 
-        Raises:
-            UserError: the loss or the gradient is not finite, or the disk is full; the states written so far stay.
+        A `UserError` if the loss or the gradient is not finite, or the disk is full; the states written so far stay.
         """
         main, options = self.accelerator.is_main_process, self.options
         if (processes := self.accelerator.num_processes) > 1:
@@ -223,11 +222,7 @@ class Trainer:
         return self.averaged
 
     def finish(self, write: Callable[[nn.Module, dict[str, Any]], None]) -> None:
-        """Train to the end, then write the result in the main process: write(EMA model, facts about it).
-
-        Raises:
-            UserError: as `run`.
-        """
+        """As `run`; then the main process writes the result: write(EMA model, facts about it)."""
         averaged = self.run()
         if self.accelerator.is_main_process:
             write(averaged, self.facts(self.validation_loss()))

@@ -45,11 +45,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, large: bool = False,
 
 
 def training_options(args: argparse.Namespace) -> TrainingOptions:
-    """The options among parsed arguments.
-
-    Raises:
-        UserError: a value is out of its range.
-    """
+    """The options among parsed arguments; a `UserError` if a value is out of its range."""
     options = options_from(args, TrainingOptions)
     for name in ("steps", "batch_size", "accumulate", "lr", "clip", *EVERY):
         check(name, getattr(options, name), getattr(options, name) > 0, "above 0")

@@ -83,8 +83,7 @@ def items_of(content: Any) -> Mapping[Any, Any]:
 def is_safetensors(path: Path) -> bool:
     """Whether a weights file is safetensors by its first bytes, or by its name where these do not tell.
 
-    Raises:
-        UserError: no such file, or one of another kind, such as a web page; the line says which.
+    A `UserError` if it is missing or of another kind, such as a web page; the line says which.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name the weights file in it")
@@ -140,10 +139,8 @@ def check_zip(path: Path) -> bool:
 def load_pt(path: Path) -> Any:
     """What a program saved with `torch.save`, on the CPU; a `Leftover` stands for what is no tensor or plain value.
 
-    Weights in the zip format stay on disk until they are used.
-
-    Raises:
-        UserError: the file is truncated, no file of torch.save, or asks for what only harmful files ask for.
+    Weights in the zip format stay on disk until they are used. A `UserError` if the file is truncated, no file of
+    torch.save, or asks for what only harmful files ask for.
     """
     mapped = check_zip(path) and path.suffix != ".safetensors"  # by whose name torch would choose another reader
     # `getattr` is how pickles name nested classes and members of enumerations.
@@ -182,8 +179,7 @@ def load_pt(path: Path) -> Any:
 def load_content(path: Path) -> Any:
     """All that a weights file holds, whatever its format; of a safetensors file its tensors by name.
 
-    Raises:
-        UserError: the file is missing, truncated, harmful, or of another kind.
+    A `UserError` if the file is missing, truncated, harmful, or of another kind.
     """
     path = Path(path)
     if not is_safetensors(path):
@@ -215,8 +211,7 @@ def describe_content(content: Any) -> str:
 def find_state(content: Any, path: Path) -> Mapping[str, Tensor]:
     """The named tensors in what was read from a file: bare, or one level down, under whatever name.
 
-    Raises:
-        UserError: there are none; the line says what there is.
+    A `UserError` if there are none; the line says what there is.
     """
     held = items_of(content)
     levels = {"": content} | ({} if "_modules" in held else dict(held))
@@ -268,8 +263,7 @@ class WeightsFile:
 def open_weights(path: Path) -> WeightsFile:
     """The names and shapes in a weights file, and the facts that this project saved with them.
 
-    Raises:
-        UserError: the file is missing, truncated, harmful, of another kind, or without named tensors.
+    A `UserError` if the file is missing, truncated, harmful, of another kind, or without named tensors.
     """
     path = Path(path)
     if not is_safetensors(path):

@@ -131,11 +131,7 @@ class Base:
 
 
 def read_schedule(file: Path) -> tuple[NoiseSchedule, str]:
-    """The schedule and the kind of prediction that a scheduler's config describes.
-
-    Raises:
-        UserError: no such file, no JSON object, or a schedule or prediction that is not known here.
-    """
+    """The schedule and the kind of prediction in a scheduler's config; a `UserError` for those not known here."""
     config = read_json(file, "restore it")
     try:
         chosen = {"beta_schedule": config["beta_schedule"], "prediction_type": config.get("prediction_type", "epsilon")}
@@ -171,8 +167,7 @@ def quiet() -> Iterator[None]:
 def load_part(folder: Path, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """One part of a pipeline folder, a key of `PARTS`, frozen and in eval mode.
 
-    Raises:
-        UserError: the part is missing, broken, incomplete, or another kind of model.
+    A `UserError` if the part is missing, broken, incomplete, or another kind of model.
     """
     part, kind = Path(folder) / name, PARTS[name]
     if not part.is_dir():

@@ -29,11 +29,7 @@ Item = tuple[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How to draw with a latent diffusion.
-
-    Raises:
-        UserError: a value out of its range.
-    """
+    """How to draw with a latent diffusion; every field is a flag, and a bad value is a `UserError`."""
 
     steps: int = option(20, "steps of the reverse process")
     seed: int = option(0, "the same seed gives the same pictures")
@@ -67,8 +63,7 @@ class PromptOptions:
     def timesteps(self, schedule: NoiseSchedule) -> list[int]:
         """The timesteps that are visited, from noisy to clean; leading ones are shifted by one: 951, 901, ..., 1.
 
-        Raises:
-            UserError: the schedule has fewer.
+        A `UserError` if the schedule has fewer.
         """
         try:
             return schedule.timesteps(self.steps, self.timestep_spacing, int(self.timestep_spacing == "leading"))
@@ -90,11 +85,7 @@ def add_drawing_flags(parser: Parser, options: type[PromptOptions] = PromptOptio
 
 
 def load_chosen_base(args: Namespace) -> Base:
-    """The base at `args.base`, on the device and in the precision that the drawing flags name.
-
-    Raises:
-        UserError: it is missing or broken, or no such device.
-    """
+    """The base at `args.base`, on the device and in the precision that the flags name; errors as `load_base`."""
     device = pick_device(args.device)
     return load_base(args.base, device, DTYPES[pick_precision(args.precision, device)], args.cache_dir)
 
@@ -116,11 +107,7 @@ class PromptSampler:
         return noise.draw((unet.in_channels, unet.sample_size, unet.sample_size), self.base.device)
 
     def walk(self, items: Sequence[Item], options: PromptOptions) -> Iterator[Step]:
-        """The reverse process of the items' latents, step by step; guidance is away from the empty prompt.
-
-        Raises:
-            UserError: more steps than the schedule has.
-        """
+        """The reverse process of the items' latents, step by step; guidance is away from the empty prompt."""
         base = self.base
         contexts = base.encode_prompts([prompt for prompt, _ in items])
         denoise = Denoiser(
@@ -140,9 +127,7 @@ class PromptSampler:
     def images(self, items: Sequence[Item], options: PromptOptions) -> Iterator[tuple[Item, Tensor]]:
         """Draw the items in batches; yields each with its picture, uint8 (3, H, W) on the CPU, in their order.
 
-        Raises:
-            UserError: more steps than the schedule has, or a single picture does not fit the GPU's memory or is not
-                finite in fp32 either.
+        A `UserError` at once for more steps than the schedule has; later as `draw_in_batches`.
         """
         options.timesteps(self.base.schedule)
 

@@ -86,8 +86,7 @@ class ModelWeights:
     def sizes(self, names: Mapping[str, str]) -> dict[str, Any]:
         """Sizes for a config, each the last dimension of a weight; a name with {} gives one for every level.
 
-        Raises:
-            UserError: the file has no such weight.
+        A `UserError` if the file has no such weight.
         """
         sizes = {}
         for size, name in names.items():
@@ -103,11 +102,7 @@ class ModelWeights:
     def fill(
         self, model: nn.Module, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> nn.Module:
-        """Give a model on the meta device its weights, and return it in eval mode.
-
-        Raises:
-            UserError: the weights are not just the model's; names a few that are missing, too many or of another shape.
-        """
+        """Give a model on the meta device its weights, and return it in eval mode; a `UserError` as `load_strictly`."""
         load_strictly(model, self.shapes, str(self.file.path))
         names, state = {stored: name for name, stored in self.stored.items()}, {}
         for stored, tensor in self.file.read(names):
@@ -125,8 +120,7 @@ class ModelWeights:
 def find_folder(path: Path, file: str) -> Path:
     """The folder in diffusers' layout that has a file: this one, or if it is a hub cache's, the newest snapshot in it.
 
-    Raises:
-        UserError: no folder there has the file; names what there is instead.
+    A `UserError` if there is none; the line says what there is instead.
     """
     places = [path, *sorted(path.glob("snapshots/*"), key=os.path.getmtime, reverse=True)]
     for place in places:
@@ -193,8 +187,7 @@ PARTS = {
 def make_models(file: WeightsFile) -> dict[str, nn.Module]:
     """The U-Net, VAE and text encoder of the file's sizes, on the meta device.
 
-    Raises:
-        UserError: the file is no whole Stable Diffusion v1; the line says what it is.
+    A `UserError` if the file is no whole Stable Diffusion v1; the line says what it is.
     """
     if (found := describe(file)) != "Stable Diffusion v1":
         mend = "give it as --controlnet" if found == "a ControlNet" else "name a file such as sd-v1-4.ckpt"
@@ -256,8 +249,7 @@ def convert_file(file: WeightsFile, copy: Path) -> WeightsFile:
 def find_controlnet(file: WeightsFile) -> ModelWeights:
     """A ControlNet's weights in a file, which may have the original names or diffusers' own.
 
-    Raises:
-        UserError: the file holds no ControlNet; the line says what it is.
+    A `UserError` if the file holds no ControlNet; the line says what it is.
     """
     if not any(re.match(CONTROLNET, name) for name in file.shapes):
         raise UserError(f"{file.path}: is {describe(file)}, not a ControlNet; name another file")
@@ -269,11 +261,7 @@ def find_controlnet(file: WeightsFile) -> ModelWeights:
 
 
 def controlnet_sizes(weights: ModelWeights) -> dict[str, Any]:
-    """What the shapes say of a ControlNet's config; the rest is Stable Diffusion v1's.
-
-    Raises:
-        UserError: the file lacks weights that would tell.
-    """
+    """What the shapes say of a ControlNet's config; the rest is Stable Diffusion v1's. Errors as `sizes`."""
     sizes = weights.sizes(UNET_SIZES | {"hint": "controlnet_cond_embedding.blocks.{}.bias"})
     first, *widths = sizes.pop("hint")
     return sizes | {"conditioning_embedding_out_channels": [first, *widths[::2]]}

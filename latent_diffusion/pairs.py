@@ -36,8 +36,7 @@ class Pair:
 def parse_pair(line: str, where: str) -> Pair:
     """The pair that one line of JSON describes.
 
-    Raises:
-        UserError: it is not an object with the three fields as strings, or its target leaves the folder.
+    A `UserError` if it is no object with the three fields as strings, or its target leaves the folder.
     """
     try:
         fields = json.loads(line)
@@ -65,8 +64,7 @@ def parse_pair(line: str, where: str) -> Pair:
 def usable(make: Callable[[Item], Result], items: Iterable[Item], keep_going: bool) -> list[Result]:
     """What `make` returns for each item; with `keep_going`, items with a `UserError` are left out with a warning.
 
-    Raises:
-        UserError: the first one; with `keep_going` only the last one, if no item can be used.
+    The error is raised only if no item can be used.
     """
     results, complaint = [], None
     for item in items:
@@ -112,11 +110,7 @@ def read_pairs(table: Path, keep_going: bool = False, distinct_targets: bool = F
 
 
 def read_table(folder: Path) -> list[Pair]:
-    """The pairs that `prompt.json` in a folder lists, for training.
-
-    Raises:
-        UserError: the table is missing or broken, or lists too few to hold some out.
-    """
+    """The pairs that `prompt.json` in a folder lists, for training; a `UserError` if too few to hold some out."""
     table = Path(folder) / "prompt.json"
     pairs = read_pairs(table)
     if len(pairs) < HELD_OUT_EVERY:
@@ -141,8 +135,7 @@ def locate(name: str, folder: Path, field: Field) -> Path:
 def read_pair_image(pair: Pair, folder: Path, size: int | None, field: Field = "source") -> np.ndarray:
     """The hint of one pair, or its target: uint8 (size, size, 3); without a size as large as the file has it.
 
-    Raises:
-        UserError: no such file, or no image; with the table's line.
+    A `UserError`, with the table's line, if there is no such file or image.
     """
     path, under = locate(getattr(pair, field), Path(folder), field), "black" if field == "source" else "white"
     return read_image(path, size, f"{pair.where}: ", under=under)
@@ -159,11 +152,7 @@ def readable_pairs(pairs: Sequence[Pair], folder: Path, keep_going: bool) -> lis
 
 
 def read_hints(pairs: Sequence[Pair], folder: Path, size: int, field: Field = "source") -> Tensor:
-    """The hints of pairs, or their targets, resized: uint8 (N, 3, size, size); see `locate` for the folder.
-
-    Raises:
-        UserError: a file is missing or no image; with the table's line.
-    """
+    """The hints of pairs, or their targets, resized: uint8 (N, 3, size, size); errors as `read_pair_image`."""
     images = torch.empty(len(pairs), 3, size, size, dtype=torch.uint8)
 
     def read(i: int) -> None:

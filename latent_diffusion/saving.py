@@ -21,11 +21,7 @@ from latent_diffusion.base import PREDICTIONS, SCHEDULES, Base, quiet
 
 @contextlib.contextmanager
 def stage_models(folder: Path) -> Iterator[Path]:
-    """As `stage_folder`, for files that diffusers and transformers write.
-
-    Raises:
-        UserError: `folder` is a file, or cannot be written.
-    """
+    """As `stage_folder`, for files that diffusers and transformers write."""
     try:
         with stage_folder(folder) as stage, quiet():
             yield stage
@@ -49,8 +45,7 @@ def save_half(part: Any, folder: Path) -> None:
 def save_part(folder: Path, *parts: Any) -> None:
     """Write a model of diffusers or transformers in fp16 to a folder of its own, perhaps with a tokenizer and such.
 
-    Raises:
-        UserError: the folder cannot be written; what was there stays.
+    A `UserError` if the folder cannot be written; what was there stays.
     """
     with stage_models(folder) as stage:
         for part in parts:
@@ -58,11 +53,7 @@ def save_part(folder: Path, *parts: Any) -> None:
 
 
 def save_base(folder: Path, base: Base) -> None:
-    """Write a base in fp16 as a folder that `StableDiffusionPipeline.from_pretrained` runs.
-
-    Raises:
-        UserError: the folder cannot be written; what was there stays.
-    """
+    """Write a base in fp16 as a folder that `StableDiffusionPipeline.from_pretrained` runs; errors as `save_part`."""
     scheduler = DDIMScheduler(
         num_train_timesteps=base.schedule.T,
         beta_start=base.schedule.beta_start,

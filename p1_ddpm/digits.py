@@ -36,8 +36,7 @@ class Digit:
 def joint_label(domains: Mapping[str, int], domain: str, label: int) -> int:
     """The class id of (domain, label), where `domains` says, in order, how many labels each domain has.
 
-    Raises:
-        UserError: no such domain, or a label it does not have.
+    A `UserError` if there is no such domain, or it lacks the label.
     """
     if domain not in domains:
         raise UserError(f"domain {domain}: these weights know {', '.join(domains)}; choose one of them")
@@ -50,10 +49,8 @@ def joint_label(domains: Mapping[str, int], domain: str, label: int) -> int:
 def wanted_digits(domains: Mapping[str, int], layout: str, classes: Sequence[int] | None, count: int) -> list[Digit]:
     """The images of a layout in the order of their names, `count` of each class (of all classes if `classes` is None).
 
-    Weights trained on other images than the course's have no layouts: all their classes are drawn.
-
-    Raises:
-        UserError: a class that the layout's folders do not hold, or nothing to draw.
+    Weights trained on other images than the course's have no layouts: all their classes are drawn. A `UserError` for a
+    class that the layout's folders do not hold, or nothing to draw.
     """
     check("count", count, count > 0, "above 0")
     held = LAYOUTS[layout] if domains == DOMAINS else {domain: range(labels) for domain, labels in domains.items()}
@@ -72,8 +69,7 @@ def wanted_digits(domains: Mapping[str, int], layout: str, classes: Sequence[int
 def read_digits(root: Path, size: int = 28) -> dict[str, LabelledImages]:
     """The course's data, `root/{mnistm,svhn}/train.csv` with `data/*.png`, resized to `size` pixels, by domain.
 
-    Raises:
-        UserError: neither domain is there (one may be absent), or a file is bad.
+    One domain may be absent; a `UserError` if both are, or a file is bad.
     """
     found = [domain for domain in DOMAINS if (root / domain / "train.csv").exists()]
     if not found:

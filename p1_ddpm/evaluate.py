@@ -38,8 +38,7 @@ Figures = dict[str, Any]
 def read_graded(out: Path, layout: str) -> Sets:
     """What a grader reads from OUT: every file of both folders, its label the first character of its name.
 
-    Raises:
-        UserError: a folder is missing or empty, or holds a file that a grader would stumble over or misread.
+    A `UserError` if a folder is missing or empty, or holds a file that a grader would stumble over or misread.
     """
     sets = {}
     for domain, digits in LAYOUTS[layout].items():

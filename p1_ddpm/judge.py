@@ -101,11 +101,7 @@ def judge_path(folder: Path, domain: str) -> Path:
 
 
 def load_judge(folder: Path, domain: str) -> Judge:
-    """The judge of a domain, in eval mode; `judge.about` holds what its file says of it, such as `held_out_accuracy`.
-
-    Raises:
-        UserError: the file is missing, truncated, or another model's.
-    """
+    """The judge of a domain, in eval mode; `judge.about` has its file's facts, such as `held_out_accuracy`."""
     path = judge_path(folder, domain)
     state, about = load_model_file(path, "Judge")
     judge = Judge(**about["config"])
@@ -115,11 +111,7 @@ def load_judge(folder: Path, domain: str) -> Judge:
 
 
 def load_classifier(path: Path) -> LeNet:
-    """The course's `Classifier.pth`: a `LeNet`'s weights, under `state_dict` or bare.
-
-    Raises:
-        UserError: no such file, not that kind of file, or the weights do not fit.
-    """
+    """The course's `Classifier.pth`: a `LeNet`'s weights, bare or one level down; a `UserError` if they don't fit."""
     model = LeNet()
     load_strictly(model, load_tensors(path)[0], str(path))
     return model.eval()

@@ -20,11 +20,7 @@ from common.layers import Attention, group_norm, zero_init
 
 @dataclass(frozen=True)
 class ContextUNetConfig:
-    """Everything needed to rebuild a `ContextUNet`; stored in every checkpoint.
-
-    Raises:
-        ValueError: the sizes do not fit one another.
-    """
+    """Everything needed to rebuild a `ContextUNet`; in every checkpoint. A `ValueError` if sizes do not fit."""
 
     num_labels: int = 20  # classes that can be drawn; label `num_labels` is the null label ("no condition")
     image_channels: int = 3

@@ -57,8 +57,7 @@ class DigitOptions:
 class DigitSampler:
     """Draws digits from a finished model or a training state; everything it needs to know is in the file.
 
-    Raises:
-        UserError: the weights are missing, truncated, or another model's, or there is no such device.
+    A `UserError` if the weights are missing, truncated, or another model's, or there is no such device.
     """
 
     def __init__(self, weights: Path = WEIGHTS, device: torch.device | str = "auto", precision: str = "auto"):
@@ -107,9 +106,7 @@ class DigitSampler:
     def images(self, digits: Sequence[Digit], options: DigitOptions) -> Iterator[tuple[Digit, Tensor]]:
         """Draw digits in batches; yields each with its image, uint8 (3, H, W) on the CPU, in their order.
 
-        Raises:
-            UserError: at once, if the options do not suit the weights' schedule; later, if an image is not finite or
-                a single one does not fit the memory.
+        A `UserError` at once, if the steps do not suit the weights' schedule; later as `draw_in_batches`.
         """
         if not 1 <= options.steps <= self.schedule.T:
             raise UserError(f"--steps {options.steps}: choose from 1 to {self.schedule.T}")

@@ -123,8 +123,7 @@ class DigitBatches:
 def read_sets(config: DigitTraining) -> tuple[Sets, Sets, dict[str, int]]:
     """Training images and held-out images by domain, and how many labels each domain has.
 
-    Raises:
-        UserError: a file is bad, or there are too few images to hold some out.
+    A `UserError` if a file is bad, or there are too few images to hold some out.
     """
     if config.csv:
         name, images = config.csv.resolve().parent.name, read_csv_images(config.csv, config.image_size)
@@ -170,9 +169,6 @@ def train(
     """Train a network, or resume its run; returns its EMA weights, `config.out/model.safetensors`.
 
     `save` makes, from that path, what `Trainer.finish` writes the EMA weights with.
-
-    Raises:
-        UserError: bad arguments or data, a loss that is not finite, or a full disk.
     """
     train_sets, held_out, domains = read_sets(config)
     network = config.network(sum(domains.values()))

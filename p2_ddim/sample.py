@@ -34,11 +34,7 @@ def add_sampling_arguments(parser: Parser, **defaults) -> None:
 
 
 def make_sampler(args) -> tuple[FaceSampler, DDIMOptions]:
-    """The sampler and the options that the arguments describe.
-
-    Raises:
-        UserError: a value is out of its range, there is no such device, or the weights cannot be used.
-    """
+    """The sampler and the options that the arguments describe; a `UserError` for a bad value, device or weights."""
     options = options_from(args, DDIMOptions)
     precision = "fp32" if args.precision == "auto" else args.precision
     sampler = FaceSampler(*load_face_unet(args.weights), pick_device(args.device), precision, args.compile)

@@ -46,8 +46,7 @@ class DDIMOptions:
     def timesteps(self, schedule: NoiseSchedule) -> list[int]:
         """The visited timesteps, from noisy to clean; leading ones are shifted by one: 981, 961, ..., 1.
 
-        Raises:
-            UserError: the schedule has too few timesteps.
+        A `UserError` if the schedule has too few timesteps.
         """
         try:
             return schedule.timesteps(self.steps, self.timestep_spacing, int(self.timestep_spacing == "leading"))
@@ -116,8 +115,7 @@ class FaceSampler:
     def images(self, noises: Sequence[Noise], options: DDIMOptions) -> Iterator[tuple[Noise, Tensor]]:
         """Draw noises, whose sizes may differ; yields each with its image, uint8 (C, H, W) on the CPU, in their order.
 
-        Raises:
-            UserError: a single image does not fit the GPU's memory, or is not finite.
+        Errors as `draw_in_batches`.
         """
 
         def finish(batch: Sequence[Noise], xt: Tensor) -> Tensor:
@@ -136,11 +134,7 @@ class FaceSampler:
         return max(1, values // (height * width // config.patch_size**2 * config.widths[0]))
 
     def pictures(self, noises: Sequence[Noise], options: DDIMOptions) -> Tensor:
-        """The images of noises of one size as one tensor, uint8 (N, C, H, W).
-
-        Raises:
-            UserError: as `images`, or the noises differ in size.
-        """
+        """The images of noises as one tensor, uint8 (N, C, H, W); a `UserError` if they differ in size."""
         if len({noise.xt.shape for noise in noises}) > 1:
             raise UserError(f"{noises[0].name} and others differ in size; a figure takes noises of one size")
         return torch.stack([image for _, image in self.images(noises, options)])

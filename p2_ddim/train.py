@@ -92,9 +92,6 @@ def train(
     """Train, and return the path of the finished weights (EMA, fp16), `OUT/model.safetensors`.
 
     Every tenth image by name is held out: it is never trained on, only validated on.
-
-    Raises:
-        UserError: bad data, sizes that do not fit, a loss that is not finite, or a full disk.
     """
     network, schedule = config.network(), NoiseSchedule(config.schedule)
     faces = read_folder_images(config.data, config.image_size)

@@ -131,8 +131,7 @@ def encode_shards(
 def encode_pairs(base: Base, pairs: Sequence[Pair], data: Path, size: int, folder: Path | None = None) -> Cache:
     """The latents of the targets in `data`, resized to squares of `size`, and the prompts' contexts.
 
-    Raises:
-        UserError: a target is missing or broken, or a shard cannot be written.
+    A `UserError` if a target is missing or broken, or a shard cannot be written.
     """
     process = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if folder and folder.is_dir() and process[0] == 0:

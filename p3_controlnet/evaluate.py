@@ -122,11 +122,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> dict[str, Any]:
-    """Judge, print, and return the figures: "summary" over all pictures, "cut" and "whole", and "images", one each.
-
-    Raises:
-        UserError: a bad line, hint or picture, a folder without a CLIP model, or a file that cannot be written.
-    """
+    """Judge, print, and return the figures: "summary" over all pictures, "cut" and "whole", and "images", one each."""
     check_json(args.json)
     folder = args.clip or (miniature.CLIP if miniature.CLIP.is_dir() else None)
     clip, pictures = Clip(folder) if folder else None, []

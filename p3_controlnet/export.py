@@ -32,11 +32,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> Path:
-    """Read and write; returns what was written.
-
-    Raises:
-        UserError: no ControlNet, one that the original cannot have, or a place that cannot be written.
-    """
+    """Read and write; returns what was written."""
     controlnet, about = ControlNet.load(args.controlnet)
     if args.layout == "diffusers":
         if args.out.is_file():

@@ -79,11 +79,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> list[Path]:
-    """Draw and write; returns the files written.
-
-    Raises:
-        UserError: bad arguments, examples or weights, or a folder that cannot be written; nothing is written then.
-    """
+    """Draw and write; returns the files written."""
     sampler, options = load_sampler(args)
     pairs, pictures = read_pairs(args.examples / "prompt.json"), {}
     items = list(zip(pairs, read_hints(pairs, args.examples, sampler.sides(options)[0])))

@@ -74,8 +74,7 @@ class ControlNetConfig:
     def of(cls, config: Mapping[str, Any], source: object) -> "ControlNetConfig":
         """The part of a diffusers config, a U-Net's or a `ControlNetModel`'s, that a ControlNet is built from.
 
-        Raises:
-            UserError: the model has parts that this ControlNet does not know, such as Stable Diffusion XL's.
+        A `UserError` if the model has parts that this ControlNet does not know, such as Stable Diffusion XL's.
         """
         for name, absent in ABSENT.items():
             if config.get(name, absent) != absent:
@@ -144,11 +143,7 @@ class ControlNet(nn.Module):
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, hint_channels: Sequence[int] = (16, 32, 96, 256)) -> "ControlNet":
-        """A ControlNet to train, fp32 on the U-Net's device, with a hint encoder of these widths.
-
-        Raises:
-            UserError: the U-Net has parts that a ControlNet does not know.
-        """
+        """A ControlNet to train, fp32 on the U-Net's device, with a hint encoder of these widths; errors as `of`."""
         config = ControlNetConfig.of(unet.config, "the U-Net")
         controlnet = cls(replace(config, conditioning_embedding_out_channels=tuple(hint_channels)), unet)
         return controlnet.to(unet.device, torch.float32).requires_grad_().train()
@@ -190,11 +185,7 @@ class ControlNet(nn.Module):
         return [*residuals, self.controlnet_mid_block(middle)]
 
     def save(self, folder: Path, about: Mapping[str, Any], fp16: bool = True) -> None:
-        """Write the folder that `load` and diffusers read, with JSON-able facts about the weights.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
+        """Write the folder that `load` and diffusers read, with JSON-able facts about the weights."""
         config, state = asdict(self.config), self.state_dict()
         text = json.dumps({"_class_name": "ControlNetModel"} | config, indent=2) + "\n"
         write_atomically(Path(folder) / CONFIG_FILE, lambda temporary: temporary.write_text(text))
@@ -206,10 +197,7 @@ class ControlNet(nn.Module):
         """A ControlNet in eval mode, fp32 on the CPU, and the facts saved with it.
 
         It may be a folder that `save` or diffusers wrote, or one file: of a training run, of diffusers, or in the
-        original ControlNet's layout.
-
-        Raises:
-            UserError: something is missing or broken, or belongs to another model.
+        original ControlNet's layout. A `UserError` if something is missing or broken, or belongs to another model.
         """
         path = Path(path)
         if path.is_dir():
@@ -232,11 +220,7 @@ class ControlNet(nn.Module):
 
 
 def read_config(path: Path) -> ControlNetConfig:
-    """The config of a ControlNet's folder.
-
-    Raises:
-        UserError: the file is missing or broken, or another model's.
-    """
+    """The config of a ControlNet's folder; a `UserError` if the file is missing or broken, or another model's."""
     config = read_json(path, "name a ControlNet's folder, or one weights file")
     try:
         if (found := config["_class_name"]) != "ControlNetModel":
@@ -248,11 +232,7 @@ def read_config(path: Path) -> ControlNetConfig:
 
 
 def check_fit(controlnet: ControlNet, base: Base, source: object) -> None:
-    """Make sure that a ControlNet steers this base.
-
-    Raises:
-        UserError: it was made for a U-Net of other sizes, or for latents of another factor.
-    """
+    """Raise a `UserError` unless a ControlNet's sizes are those of the base's U-Net and of its latents."""
     theirs, ours = controlnet.config, ControlNetConfig.of(base.unet.config, "the base")
     for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
         if (own := getattr(theirs, name)) != (wanted := getattr(ours, name)):

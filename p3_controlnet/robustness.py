@@ -78,11 +78,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> dict:
-    """Draw, judge, print, and return the figures of each kind by number of circles, "one" and "two".
-
-    Raises:
-        UserError: bad arguments or weights, or a file that cannot be written.
-    """
+    """Draw, judge, print, and return the figures of each kind by number of circles, "one" and "two"."""
     check_json(args.json)
     check("count", args.count, args.count >= 1, "at least 1")
     sampler, options = load_sampler(args)

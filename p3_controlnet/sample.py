@@ -59,11 +59,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def default_controlnet(base: Path) -> Path:
-    """The shipped ControlNet for the shipped base, a student's own for any other.
-
-    Raises:
-        UserError: there is none for this base.
-    """
+    """The shipped ControlNet for the shipped base, a student's own for any other; a `UserError` if there is none."""
     if base.resolve() == BASE.resolve():
         return CONTROLNET
     places = OWN_CONTROLNET, base.parent / OWN_CONTROLNET.name
@@ -79,8 +75,7 @@ def default_controlnet(base: Path) -> Path:
 def load_sampler(args) -> tuple[HintSampler, HintOptions]:
     """The sampler and the options that the arguments describe; the guidance scale is the ControlNet's own if need be.
 
-    Raises:
-        UserError: a value out of range, or weights that are missing, broken, or do not fit one another.
+    A `UserError` for a value out of range, or weights that are missing, broken, or do not fit one another.
     """
     options = options_from(args, HintOptions)
     paths = args.controlnet or [default_controlnet(args.base)]
@@ -101,11 +96,7 @@ def load_sampler(args) -> tuple[HintSampler, HintOptions]:
 
 
 def main(args) -> list[Path]:
-    """Draw and write; returns the files written, PNG whatever their names.
-
-    Raises:
-        UserError: bad arguments, lines, hints or weights, or a folder that cannot be written; nothing is written then.
-    """
+    """Draw and write; returns the files written, PNG whatever their names."""
     pairs = read_pairs(args.table, args.keep_going, distinct_targets=True)
     if args.keep_going:
         pairs = readable_pairs(pairs, args.source, args.keep_going)

@@ -51,8 +51,7 @@ class HintOptions(PromptOptions):
     def strengths(self, counts: Sequence[int]) -> list[list[float]]:
         """What the residuals of each ControlNet are multiplied by; ControlNet k has `counts[k]` residuals.
 
-        Raises:
-            UserError: there are more or fewer numbers than ControlNets or residuals.
+        A `UserError` if there are more or fewer numbers than ControlNets or residuals.
         """
         each = list(self.control_scale) * (len(counts) if len(self.control_scale) == 1 else 1)
         if (n := len(each)) != len(counts):
@@ -87,8 +86,7 @@ class HintSampler:
     def sides(self, options: HintOptions) -> tuple[int, int, int]:
         """The side of a picture, the side of a patch, and the stride from patch to patch, in pixels.
 
-        Raises:
-            UserError: one does not fit the base.
+        A `UserError` if one does not fit the base.
         """
         factor = self.base.factor
         trained = self.base.unet.config.sample_size * factor
@@ -100,11 +98,7 @@ class HintSampler:
         return size, patch, stride
 
     def network(self, options: HintOptions) -> Callable[..., Tensor]:
-        """The controlled U-Net, patch by patch where pictures are larger than a patch.
-
-        Raises:
-            UserError: an option does not fit the base or the ControlNets.
-        """
+        """The controlled U-Net, in patches where pictures are larger than one; errors as `sides`, `strengths`."""
         size, patch, stride = (side // self.base.factor for side in self.sides(options))
         scales = options.strengths([len(controlnet.config.skip_channels) + 1 for controlnet in self.controlnets])
         network = ControlledUNet(self.base.unet, self.controlnets, scales)
@@ -118,11 +112,7 @@ class HintSampler:
         return noise.draw((self.base.unet.config.in_channels, side, side), self.base.device)
 
     def walk(self, items: Sequence[Item], options: HintOptions) -> Iterator[Step]:
-        """The reverse process of the items' latents, step by step.
-
-        Raises:
-            UserError: an option does not fit the base or the ControlNets.
-        """
+        """The reverse process of the items' latents, step by step; errors as `network`."""
         base, (pairs, hints) = self.base, zip(*items)
         contexts = base.encode_prompts(["", *(pair.prompt for pair in pairs)], ["", *(pair.where for pair in pairs)])
         with torch.no_grad():
@@ -142,8 +132,7 @@ class HintSampler:
     def images(self, items: Sequence[Item], options: HintOptions) -> Iterator[tuple[Item, Tensor]]:
         """Draw the items in batches; yields each with its picture, uint8 (3, size, size) on the CPU, in their order.
 
-        Raises:
-            UserError: as `walk` and `draw_in_batches`.
+        Errors as `walk` and `draw_in_batches`.
         """
 
         def finish(batch: Sequence[Item], latents: Tensor) -> Tensor:

@@ -79,11 +79,7 @@ def control_loss(controlnet: nn.Module, base: Base, batch: Batch, gamma: float) 
 
 
 def make_controlnet(config: ControlNetTraining, base: Base) -> ControlNet:
-    """The ControlNet to train: a copy of the base's encoder, or an earlier ControlNet.
-
-    Raises:
-        UserError: it does not fit the base.
-    """
+    """The ControlNet to train: a copy of the base's encoder, or an earlier one; a `UserError` if it does not fit."""
     if config.init:
         controlnet, _ = ControlNet.load(config.init)
         check_fit(controlnet, base, config.init)
@@ -105,8 +101,7 @@ def encode_and_place(
 ) -> Cache:
     """Encode the pairs in fp32, then put the base on its device in the dtype that training wants.
 
-    Raises:
-        UserError: a hint is missing, which would end the training when its turn comes; or as `encode_pairs`.
+    A `UserError` if a hint is missing, which would end the training when its turn comes; or as `encode_pairs`.
     """
     for pair in pairs:
         if not (path := locate(pair.source, data, "source")).is_file():
@@ -164,9 +159,6 @@ def train(
     """Train a ControlNet; returns its folder, `OUT/controlnet` (EMA weights in fp16), or the figures of a dry run.
 
     Every eleventh pair is held out: it is never trained on, only validated on.
-
-    Raises:
-        UserError: bad options or data, a loss that is not finite, or a full disk.
     """
     pairs, base = read_table(config.data), load_base(config.base, cache=config.cache_dir)
     size = base.unet.config.sample_size * base.factor if config.image_size is None else config.image_size

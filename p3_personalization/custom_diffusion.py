@@ -73,11 +73,7 @@ def class_pictures(base: Base, prompts: Sequence[str], seed: int, guidance_scale
 
 
 def train(config: CustomOptions, options: TrainingOptions) -> Path:
-    """Learn the concepts; returns the path of what differs from the base, `OUT/custom.safetensors`.
-
-    Raises:
-        UserError: the photos or the base cannot be used, the loss is not finite, or the disk is full.
-    """
+    """Learn the concepts; returns the path of what differs from the base, `OUT/custom.safetensors`."""
     base = load_base(config.base, pick_device(options.device), cache=config.cache_dir)
     of_class = min(round(options.batch_size * config.class_share), options.batch_size - 1)
     prompts = class_prompts(config, options.seed) if of_class else []

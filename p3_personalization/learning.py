@@ -41,11 +41,7 @@ SHOWN, STEPS = 4, 10  # samples a concept while it is learned, and steps to draw
 
 @dataclass
 class ConceptOptions:
-    """What to learn, from which photos, with which base; what is None is filled in.
-
-    Raises:
-        UserError: a value is out of its range, or a list does not fit the folders.
-    """
+    """What to learn, from which photos, with which base; what is None is filled in. A bad value is a `UserError`."""
 
     images: list[Path]
     out: Path = option(ROOT / "runs" / "p3_words", "folder of the run")

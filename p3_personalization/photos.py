@@ -41,10 +41,8 @@ def read_photos(folder: Path, token: str, size: int, templates: Sequence[str]) -
     """Read the photos of one concept, cropped and resized to `size` pixels a side, and their captions.
 
     A .txt of the same name has captions for one photo, a `templates.txt` in the folder those for all photos without a
-    .txt of their own; else the given templates are taken. In all of them {} stands for the token.
-
-    Raises:
-        UserError: the folder is missing or has no photos, a photo is broken, or a caption has no {}.
+    .txt of their own; else the given templates are taken. In all of them {} stands for the token. A `UserError` if
+    there are no photos, a photo is broken, or a caption has no {}.
     """
     found = read_folder_images(folder, size)
 

@@ -26,11 +26,7 @@ DEFAULTS = learning.DEFAULTS | {"steps": 400, "batch_size": 8, "lr": 2e-3, "samp
 
 
 def train(config: ConceptOptions, options: TrainingOptions) -> Path:
-    """Learn the words; returns the path of their file, `OUT/words.safetensors`.
-
-    Raises:
-        UserError: the photos or the base cannot be used, the loss is not finite, or the disk is full.
-    """
+    """Learn the words; returns the path of their file, `OUT/words.safetensors`."""
     base = load_base(config.base, pick_device(options.device), cache=config.cache_dir)
     concepts = learning.read_concepts(config, base, options.seed)
     path, learned = config.out / "words.safetensors", Learned(concepts.start)

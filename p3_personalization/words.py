@@ -63,13 +63,10 @@ def check_rows(name: str, rows: Tensor, path: Path) -> Tensor:
 
 
 def read_words(path: Path) -> Words:
-    """The words in one file, however programs write them.
+    """The words in one file, however programs write them; a `UserError` if it holds anything else.
 
     This project and diffusers keep vectors under their token. The original textual inversion and the web UI keep them
     in `string_to_param` or `emb_params`; the token is then the name in the file, or the file's own, in angle brackets.
-
-    Raises:
-        UserError: the file is missing or broken, or holds anything but words.
     """
     held = items_of(load_content(path))
     params = items_of(held.get("string_to_param"))
@@ -120,8 +117,7 @@ def save_custom(path: Path, base: Base, words: Words, matrices: Mapping[str, Ten
 def load_custom(base: Base, path: Path) -> Base:
     """A base with the words and matrices that `save_custom` wrote; all other weights are shared with the given base.
 
-    Raises:
-        UserError: the file is missing or broken, holds something else, or was made for another base.
+    A `UserError` if the file is broken, holds something else, or was made for another base.
     """
     tensors, _ = load_tensors(path)
     words = {name: check_rows(name, tensors.pop(name), path) for name in [*tensors] if FORM.fullmatch(name)}
@@ -159,11 +155,8 @@ def with_matrices(unet: UNet2DConditionModel, matrices: Mapping[str, Tensor]) ->
 def add_words(base: Base, words: Words) -> Base:
     """A base that also knows these words; the given base stays as it is, and shares all other weights.
 
-    Each vector becomes a token, and a row at the end of the embedding table.
-
-    Raises:
-        UserError: a token is not in angle brackets or exists already (in any case), or its vectors are not as wide as
-            the base's.
+    Each vector becomes a token, and a row at the end of the embedding table. A `UserError` if a token is not in angle
+    brackets or exists already (in any case), or its vectors are not as wide as the base's.
     """
     tokenizer = copy.deepcopy(base.tokenizer)
     # A table may have more rows than there are tokens; new tokens take their place, as in diffusers.

@@ -268,11 +268,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> Path:
-    """Run the programs and write the page; returns its path.
-
-    Raises:
-        UserError: a named file is missing, the folder cannot be written, or a command failed; then the page is there.
-    """
+    """Run the programs and write the page; returns its path. If a command failed, the page is there and says so."""
     check("seed", args.seed, args.seed >= 0, "at least 0")
     for name, value in vars(args).items():
         if isinstance(value, Path):

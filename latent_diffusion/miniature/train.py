@@ -47,11 +47,7 @@ AT_ONCE = 32  # pictures that the VAE encodes
 
 @dataclass(frozen=True)
 class StageOptions:
-    """Where a stage reads and writes, and what it minimises.
-
-    Raises:
-        UserError: a value out of its range.
-    """
+    """Where a stage reads and writes, and what it minimises; a bad value is a `UserError`."""
 
     data: Path = option(ROOT / "runs" / "fill50k", "folder with prompt.json and target/")
     out: Path = option(ROOT / "runs" / "p3_base", "folder of the run")
@@ -78,8 +74,7 @@ class Pictures(NamedTuple):
 def read_pictures(folder: Path) -> tuple[Pictures, Pictures]:
     """The pictures that a folder's prompt.json lists: those to train on and, every eleventh, those held out.
 
-    Raises:
-        UserError: the table or a picture is missing or broken, or there are too few.
+    A `UserError` if the table or a picture is missing or broken, or there are too few.
     """
     pairs = read_table(folder)
     images = read_hints(pairs, folder, models.SIZE, field="target")
@@ -229,11 +224,7 @@ def train_clip(config: StageOptions, options: TrainingOptions) -> Path:
 
 
 def train_unet(config: StageOptions, options: TrainingOptions) -> Path:
-    """Train the U-Net, which needs the other parts, and complete OUT/pipeline; returns that folder.
-
-    Raises:
-        UserError: OUT/pipeline lacks the other parts.
-    """
+    """Train the U-Net, and complete OUT/pipeline, which has the other parts; returns that folder."""
     folder, device = config.out / "pipeline", pick_device(options.device)
     parts = {name: load_part(folder, name, device) for name in ("vae", "text_encoder", "tokenizer")}
     torch.manual_seed(options.seed)
@@ -307,11 +298,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> Path:
-    """Train one part; returns the folder that it was written to.
-
-    Raises:
-        UserError: bad arguments or data, an earlier part is missing, a loss that is not finite, or a full disk.
-    """
+    """Train one part; returns the folder that it was written to."""
     return STAGES[args.stage][0](options_from(args, StageOptions), training_options(args))
 
 
