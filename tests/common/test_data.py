@@ -8,13 +8,7 @@ import torch
 from PIL import Image
 
 from common.cli import UserError
-from common.data import (
-    jitter,
-    read_csv_images,
-    read_folder_images,
-    shuffled_indices,
-    stratified_timesteps,
-)
+from common.data import jitter, read_csv_images, read_folder_images, shuffled_indices, stratified_timesteps
 from common.images import read_image
 
 
@@ -78,16 +72,11 @@ def test_bad_labels_are_named_with_their_row(folder, label):
 
 
 def test_bad_images_are_named_with_their_row(folder):
-    noise = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "data" / "cut.png")
-    (folder / "data" / "cut.png").write_bytes((folder / "data" / "cut.png").read_bytes()[:60])
-    (folder / "data" / "text.png").write_text("no image")
-    assert "row 3" in refused(table(folder, "0.png,1", "absent.png,1"))
-    assert "absent.png: no such image" in refused(table(folder, "0.png,1", "absent.png,1"))
-    for name in ("cut.png", "text.png", "", "."):
+    (folder / "data" / "cut.png").write_bytes((folder / "data" / "0.png").read_bytes()[:41])
+    for name in ("absent.png", "cut.png", "", "."):
         line = refused(table(folder, "0.png,1", "1.png,1", f"{name},1"))
         assert "row 4" in line
-        assert "not a readable image" in line
+        assert ("absent.png: no such image" if name == "absent.png" else "not a readable image") in line
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -146,12 +135,10 @@ def test_every_image_mode_becomes_rgb(tmp_path):
     grey = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17
     colours = np.stack([grey, 255 - grey, grey // 2], axis=2)
     palette = Image.fromarray(colours).convert("P", palette=Image.Palette.ADAPTIVE)
-    alpha = Image.fromarray(np.dstack([colours, grey]), "RGBA")
     expected = {
         "L": (Image.fromarray(grey), np.stack([grey] * 3, axis=2)),
         "I;16": (Image.fromarray(grey.astype(np.uint16) * 257), np.stack([grey] * 3, axis=2)),
         "1": (Image.fromarray(grey > 100), np.stack([(grey > 100) * np.uint8(255)] * 3, axis=2)),
-        "RGBA": (alpha, np.round(colours * (grey[..., None] / 255) + 255 - grey[..., None])),
         "P": (palette, colours),
     }
     for mode, (image, pixels) in expected.items():
@@ -159,30 +146,13 @@ def test_every_image_mode_becomes_rgb(tmp_path):
         image.save(path)
         with Image.open(path) as stored:
             assert stored.mode == mode
-        assert np.abs(read_image(path, None) - pixels.astype(float)).max() <= (mode == "RGBA"), mode
-
-
-def test_split_and_take(digits):
-    images = read_csv_images(digits / "svhn" / "train.csv")
-    train, held = images.split()
-    assert (len(train), len(held)) == (36, 4)
-    assert held.names == images.names[9::10]
-    assert sorted(train.names + held.names) == sorted(images.names)
-    assert torch.equal(held.images, images.images[9::10])
-    even = images.take(images.labels % 2 == 0)
-    assert even.names == [name for name, label in zip(images.names, images.labels.tolist()) if label % 2 == 0]
-
-
-def picture(path, size, left, right):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.full((size[1], size[0], 3), left, dtype=np.uint8)
-    pixels[:, size[0] // 2 :] = right
-    Image.fromarray(pixels).save(path)
+        assert np.array_equal(read_image(path, None), pixels), mode
 
 
 def test_images_come_in_the_order_of_their_paths(tmp_path):
     for k, name in enumerate(("b.png", "a/z.jpg", "c.JPG", "a/y.bmp", ".hidden.png", ".cache/x.png")):
-        picture(tmp_path / name, (8, 8), 40 * k, 40 * k)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (40 * k,) * 3).save(tmp_path / name)
     (tmp_path / "readme.txt").write_text("no image")
     images = read_folder_images(tmp_path, 8)
     assert images.names == ["a/y.bmp", "a/z.jpg", "b.png", "c.JPG"]
@@ -192,25 +162,10 @@ def test_images_come_in_the_order_of_their_paths(tmp_path):
 
 
 def test_an_oblong_image_is_cut_to_its_middle(tmp_path):
-    picture(tmp_path / "wide.png", (40, 10), 0, 200)
-    image = read_folder_images(tmp_path, 10).images[0, 0]
-    assert (image[:, :4] == 0).all()
-    assert (image[:, 6:] == 200).all()
     pixels = np.zeros((10, 40, 3), dtype=np.uint8)
     pixels[:, :15], pixels[:, 25:] = 255, 255  # only the middle square is black
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     assert not read_folder_images(tmp_path, 10).images.any()
-
-
-@pytest.mark.parametrize("content", ["missing", "empty", "broken"])
-def test_bad_folders_are_named(tmp_path, content):
-    folder = tmp_path / "faces"
-    if content != "missing":
-        folder.mkdir()
-    if content == "broken":
-        (folder / "00.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="faces"):
-        read_folder_images(folder, 8)
 
 
 def test_every_epoch_shows_every_image_once():

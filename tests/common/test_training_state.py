@@ -5,7 +5,6 @@ import json
 import accelerate
 import pytest
 import torch
-from torch import nn
 
 from common import training
 from common.checkpoint import load_about, load_tensors
@@ -66,7 +65,7 @@ def test_a_full_disk_leaves_the_earlier_state_whole(tmp_path, full_disk):
     train(tmp_path / "full", steps=2, save_every=2)
     state = tmp_path / "full" / "state_00000002.safetensors"
     before, trainer = state.read_bytes(), make_trainer(tmp_path / "full", steps=3, save_every=3)
-    with full_disk(len(before) // 2), pytest.raises(UserError, match=r"state_00000003.safetensors: cannot be written"):
+    with full_disk(len(before) // 2), pytest.raises(UserError, match=r"state_00000003.safetensors: .*free space"):
         trainer.run()
     assert state.read_bytes() == before
     assert [path.name for path in (tmp_path / "full").glob("*.safetensors")] == [state.name]
@@ -134,29 +133,7 @@ def test_the_gradient_scale_survives_a_restart(tmp_path, monkeypatch):
     assert not torch.equal(whole.model.head.weight, Toy().head.weight)
 
 
-def train_by(kind, steps: int, **options) -> tuple[nn.Module, torch.optim.AdamW]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.Tanh(), nn.Conv2d(5, 1, 3)).to(memory_format=torch.channels_last)
-    optimizer = kind(model.parameters(), 1e-2, weight_decay=0.1, **options)
-    for _ in range(steps):
-        model(torch.randn(4, 2, 8, 8)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_paged_it_takes_the_steps_of_adamw(fused):
-    ours, ours_optimizer = train_by(PagedAdamW, 5, fused=fused)
-    theirs, theirs_optimizer = train_by(torch.optim.AdamW, 5, fused=fused)
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
-    for a, b in zip(ours_optimizer.state.values(), theirs_optimizer.state.values()):
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a)
-    assert len(ours_optimizer.param_groups[0]["params"]) == 4
-
-
-def test_moments_of_one_parameter_at_a_time_are_on_the_device(monkeypatch):
+def test_moments_of_one_parameter_at_a_time_are_on_the_device(tmp_path, monkeypatch):
     moves, move = [], PagedAdamW.move
 
     def watch(optimizer, parameter, device):
@@ -170,7 +147,7 @@ def test_moments_of_one_parameter_at_a_time_are_on_the_device(monkeypatch):
             optimizer.state[parameter].update(zip(("exp_avg", "exp_avg_sq"), moments))
 
     monkeypatch.setattr(PagedAdamW, "move", watch)
-    model, _ = train_by(PagedAdamW, 1, fused=True)
-    own = [id(parameter) for parameter in model.parameters()]
+    trainer = train(tmp_path, steps=1, offload=True)
+    own = [id(parameter) for parameter in trainer.state.trained.values()]
     assert [key for key, _ in moves] == [key for key in own for _ in range(2)]
     assert {device for _, device in moves} == {"cpu"}
