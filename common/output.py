@@ -29,12 +29,17 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             write(temporary)
             with open(temporary, "rb+") as written:
                 os.fsync(written.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # safetensors makes its files private
-            temporary.replace(path)
+            move_into_place(temporary, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from None
+
+
+def move_into_place(file: Path, target: Path) -> None:
+    """Give a finished file its name, with the usual permissions; safetensors makes its files private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+    file.replace(target)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -98,8 +103,8 @@ def stage_folder(folder: Path) -> Iterator[Path]:
                 raise UserError(f"{in_the_way[0]}: is a folder where a file is to go; move it away")
             for file, target in zip(files, targets):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(target)
-    except OSError as error:
+                move_into_place(file, target)
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error}); free space or choose another folder") from None
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.cli import UserError, check
+
 SCHEDULES = ("linear", "cosine", "sigmoid", "scaled-linear")
 PREDICTIONS = ("eps", "x0", "v")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -109,19 +111,18 @@ class NoiseSchedule:
         already = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[prediction]
         return (snr.clamp(max=gamma) / already).float().to(t.device)[t]
 
-    def timesteps(self, steps: int, spacing: str = "trailing", offset: int = 0) -> list[int]:
+    def timesteps(self, steps: int, spacing: str = "trailing", offset: int = 1) -> list[int]:
         """The timesteps a sampler visits, from noisy to clean (Lin et al. 2024, table 2).
 
         Args:
             steps: how many, 1..T.
             spacing: leading (0, r, 2r, ... reversed, plus `offset`), trailing (T-1, T-1-r, ...) or linspace.
-            offset: added to every leading timestep (Stable Diffusion uses 1).
+            offset: added to every leading timestep; 1 as in Stable Diffusion, 981, 961, ..., 1 for 50 steps of 1000.
 
         Raises:
-            ValueError: steps out of range, unknown spacing, or an offset that leaves the schedule.
+            UserError: steps out of range, or an offset that leaves the schedule.
         """
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"{steps} steps: choose from 1 to {self.T}")
+        check("steps", steps, 1 <= steps <= self.T, f"from 1 to {self.T}")
         if spacing == "leading":
             visited = np.arange(steps)[::-1] * (self.T // steps) + offset
         elif spacing == "trailing":
@@ -131,5 +132,5 @@ class NoiseSchedule:
         else:
             raise ValueError(f"spacing {spacing!r}: choose from {', '.join(SPACINGS)}")
         if visited.min() < 0 or visited.max() >= self.T:
-            raise ValueError(f"offset {offset} with {steps} leading steps leaves the timesteps 0 to {self.T - 1}")
+            raise UserError(f"--steps {steps} --timestep-spacing {spacing}: leaves the timesteps 0 to {self.T - 1}")
         return [int(t) for t in visited]

@@ -1,9 +1,8 @@
 """The frozen latent diffusion that both editions of problem 3 steer, from a diffusers folder or one file."""
 
-import contextlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,11 @@ from common.cli import UserError
 from common.files import read_json
 from common.schedule import NoiseSchedule
 from latent_diffusion.files import SD_V1, find_folder, find_variant, read_stable_diffusion
+
+# The libraries' progress bars and advice would drown the programs' own words.
+for library in (diffusers.utils.logging, transformers.utils.logging):
+    library.set_verbosity_error()
+    library.disable_progress_bar()
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}
@@ -66,9 +70,8 @@ def to_fp32(*models: nn.Module) -> bool:
     """Turn models to fp32 in place; returns False if all are in fp32 already."""
     if all(model.dtype == torch.float32 for model in models):
         return False
-    with quiet():
-        for model in models:
-            model.float()
+    for model in models:
+        model.float()
     return True
 
 
@@ -147,23 +150,6 @@ def read_schedule(file: Path) -> tuple[NoiseSchedule, str]:
     return NoiseSchedule(SCHEDULES[chosen["beta_schedule"]], *numbers), PREDICTIONS[chosen["prediction_type"]]
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the libraries' progress bars and advice, which would drown the program's own words."""
-    libraries = diffusers.utils.logging, transformers.utils.logging
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, (verbosity, bar) in zip(libraries, before):
-            library.set_verbosity(verbosity)
-            if bar:
-                library.enable_progress_bar()
-
-
 def load_part(folder: Path, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """One part of a pipeline folder, a key of `PARTS`, frozen and in eval mode.
 
@@ -176,20 +162,18 @@ def load_part(folder: Path, name: str, device: torch.device | str = "cpu", dtype
     if name == "tokenizer" and not any((part / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise UserError(f"{part}: holds neither tokenizer.json nor vocab.json; restore it, or name another base")
     try:
-        with quiet():
-            if name == "tokenizer":
-                return kind.from_pretrained(part, local_files_only=True)
-            # In another dtype, both libraries would make it torch's default for all threads while they read.
-            options = {"dtype": torch.float32, "output_loading_info": True, "variant": find_variant(part)}
-            model, information = kind.from_pretrained(part, local_files_only=True, **options)
+        if name == "tokenizer":
+            return kind.from_pretrained(part, local_files_only=True)
+        # In another dtype, both libraries would make it torch's default for all threads while they read.
+        options = {"dtype": torch.float32, "output_loading_info": True, "variant": find_variant(part)}
+        model, information = kind.from_pretrained(part, local_files_only=True, **options)
     except Exception as error:  # both libraries let through whatever they stumble over
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{part}: not a {kind.__name__} ({reason}); restore it, or name another base") from None
     if missing := sorted(information["missing_keys"]):
         raise UserError(f"{part}: lacks {len(missing)} weights ({', '.join(missing[:3])}); restore it")
-    with quiet():  # diffusers would rather convert while it reads
-        # channels_last is what tensor cores and oneDNN want for convolutions.
-        return model.requires_grad_(False).eval().to(device, dtype, memory_format=torch.channels_last)
+    # channels_last is what tensor cores and oneDNN want for convolutions.
+    return model.requires_grad_(False).eval().to(device, dtype, memory_format=torch.channels_last)
 
 
 def load_base(

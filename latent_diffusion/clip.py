@@ -11,7 +11,6 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from common.cli import UserError, progress
 from common.runtime import autocast
-from latent_diffusion.base import quiet
 
 BATCH, TEXTS = 32, 256  # pictures and texts at a time
 
@@ -33,10 +32,9 @@ class Clip:
             raise UserError(f"{folder}: no such folder; name one with a CLIP model in transformers' format")
         local = {"local_files_only": True}
         try:
-            with quiet():
-                model, info = CLIPModel.from_pretrained(folder, output_loading_info=True, **local)
-                self.tokenizer = CLIPTokenizer.from_pretrained(folder, **local)
-                self.processor = CLIPImageProcessor.from_pretrained(folder, **local)
+            model, info = CLIPModel.from_pretrained(folder, output_loading_info=True, **local)
+            self.tokenizer = CLIPTokenizer.from_pretrained(folder, **local)
+            self.processor = CLIPImageProcessor.from_pretrained(folder, **local)
             if info["missing_keys"] or len(self.tokenizer) != model.config.text_config.vocab_size:
                 # transformers would go on with random weights, or without the words.
                 raise ValueError("weights are missing, or the tokenizer is another model's")

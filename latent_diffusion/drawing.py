@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.cli import Parser, UserError, add_options, check, option
+from common.cli import Parser, add_options, check, option
 from common.images import to_uint8
 from common.runtime import PRECISIONS, pick_device, pick_precision
 from common.sampling import Denoiser, ImageNoise, Step, check_finite, draw_in_batches, reverse_process
-from common.schedule import SPACINGS, NoiseSchedule
+from common.schedule import SPACINGS
 from latent_diffusion.base import Base, load_base, to_fp32
 from latent_diffusion.files import cache_folder
 
@@ -59,16 +59,6 @@ class PromptOptions:
     def scale(self) -> float:
         """The guidance scale, or `GUIDANCE_SCALE` where none was given."""
         return GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
-
-    def timesteps(self, schedule: NoiseSchedule) -> list[int]:
-        """The timesteps that are visited, from noisy to clean; leading ones are shifted by one: 951, 901, ..., 1.
-
-        A `UserError` if the schedule has fewer.
-        """
-        try:
-            return schedule.timesteps(self.steps, self.timestep_spacing, int(self.timestep_spacing == "leading"))
-        except ValueError as error:
-            raise UserError(f"--steps {self.steps}: {error}") from None
 
 
 def add_drawing_flags(parser: Parser, options: type[PromptOptions] = PromptOptions, **defaults: Any):
@@ -119,7 +109,8 @@ class PromptSampler:
             options.scale,
             clip_x0=False,  # latents have no bounds
         )
-        xt, timesteps = self.noise(items, options), options.timesteps(base.schedule)
+        xt = self.noise(items, options)
+        timesteps = base.schedule.timesteps(options.steps, options.timestep_spacing)
         yield from reverse_process(
             denoise, base.schedule, xt, timesteps, options.sampler, final_alpha=options.final_alpha
         )
@@ -129,7 +120,7 @@ class PromptSampler:
 
         A `UserError` at once for more steps than the schedule has; later as `draw_in_batches`.
         """
-        options.timesteps(self.base.schedule)
+        self.base.schedule.timesteps(options.steps, options.timestep_spacing)
 
         def finish(batch: Sequence[Item], latents: Tensor) -> Tensor:
             check_finite(latents, [repr(prompt) for prompt, _ in batch], PRECISION_OF[self.base.unet.dtype])

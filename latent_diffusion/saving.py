@@ -1,36 +1,17 @@
 """A latent diffusion, or a part of it, as the folder that diffusers and transformers read: all of it, or nothing."""
 
-import contextlib
 import copy
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from common.cli import UserError
 from common.output import stage_folder
-from latent_diffusion.base import PREDICTIONS, SCHEDULES, Base, quiet
-
-
-@contextlib.contextmanager
-def stage_models(folder: Path) -> Iterator[Path]:
-    """As `stage_folder`, for files that diffusers and transformers write."""
-    try:
-        with stage_folder(folder) as stage, quiet():
-            yield stage
-            umask = os.umask(0)
-            os.umask(umask)
-            for file in stage.rglob("*.safetensors"):
-                file.chmod(0o666 & ~umask)  # safetensors makes its files private
-    except SafetensorError as error:
-        raise UserError(f"{folder}: cannot be written ({error}); free space or choose another folder") from None
+from latent_diffusion.base import PREDICTIONS, SCHEDULES, Base
 
 
 def save_half(part: Any, folder: Path) -> None:
@@ -47,7 +28,7 @@ def save_part(folder: Path, *parts: Any) -> None:
 
     A `UserError` if the folder cannot be written; what was there stays.
     """
-    with stage_models(folder) as stage:
+    with stage_folder(folder) as stage:
         for part in parts:
             save_half(part, stage)
 
@@ -66,7 +47,7 @@ def save_base(folder: Path, base: Base) -> None:
     )
     parts = {name: getattr(base, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
     absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    with stage_models(folder) as stage:
+    with stage_folder(folder) as stage:
         StableDiffusionPipeline(**parts, scheduler=scheduler, **absent).save_config(stage)
         scheduler.save_pretrained(stage / "scheduler")
         for name, part in parts.items():

@@ -100,7 +100,7 @@ class DigitSampler:
             use_clipped_model_output=True,
         )
         sources = self.sources(digits, options)
-        xt, timesteps = sources.draw(self.shape, self.device), self.schedule.timesteps(options.steps, "trailing")
+        xt, timesteps = sources.draw(self.shape, self.device), self.schedule.timesteps(options.steps)
         yield from reverse_process(denoise, self.schedule, xt, timesteps, options.sampler, options.eta, sources)
 
     def images(self, digits: Sequence[Digit], options: DigitOptions) -> Iterator[tuple[Digit, Tensor]]:
@@ -108,8 +108,7 @@ class DigitSampler:
 
         A `UserError` at once, if the steps do not suit the weights' schedule; later as `draw_in_batches`.
         """
-        if not 1 <= options.steps <= self.schedule.T:
-            raise UserError(f"--steps {options.steps}: choose from 1 to {self.schedule.T}")
+        self.schedule.timesteps(options.steps)
 
         def finish(batch: Sequence[Digit], xt: Tensor) -> Tensor:
             check_finite(xt, [digit.file for digit in batch], self.precision)

@@ -38,7 +38,8 @@ def make_sampler(args) -> tuple[FaceSampler, DDIMOptions]:
     options = options_from(args, DDIMOptions)
     precision = "fp32" if args.precision == "auto" else args.precision
     sampler = FaceSampler(*load_face_unet(args.weights), pick_device(args.device), precision, args.compile)
-    options.timesteps(sampler.schedule)  # a wrong number of steps is refused before anything is written
+    # A wrong number of steps is refused before anything is written.
+    sampler.schedule.timesteps(options.steps, options.timestep_spacing)
     return sampler, options
 
 

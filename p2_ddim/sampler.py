@@ -43,16 +43,6 @@ class DDIMOptions:
         counted = str(self.batch_size).isdecimal() and int(self.batch_size) > 0
         check("batch_size", self.batch_size, counted or self.batch_size == "auto", "auto, or a number above 0")
 
-    def timesteps(self, schedule: NoiseSchedule) -> list[int]:
-        """The visited timesteps, from noisy to clean; leading ones are shifted by one: 981, 961, ..., 1.
-
-        A `UserError` if the schedule has too few timesteps.
-        """
-        try:
-            return schedule.timesteps(self.steps, self.timestep_spacing, int(self.timestep_spacing == "leading"))
-        except ValueError as error:
-            raise UserError(f"--steps {self.steps} --timestep-spacing {self.timestep_spacing}: {error}") from None
-
 
 class FaceSampler:
     """Draws faces from noises.
@@ -106,7 +96,7 @@ class FaceSampler:
             Denoiser(self.predict, self.schedule, self.about["prediction"], clip_x0=options.clip_x0),
             self.schedule,
             self.noise(noises, options),
-            options.timesteps(self.schedule),
+            self.schedule.timesteps(options.steps, options.timestep_spacing),
             eta=options.eta,
             noise=ImageNoise([(options.seed, zlib.crc32(noise.name.encode())) for noise in noises]),
             final_alpha=options.final_alpha,

@@ -125,8 +125,8 @@ class HintSampler:
         denoise = Denoiser(
             self.network(options), base.schedule, base.prediction, told, null, options.scale, clip_x0=False
         )
-        xt, timesteps = self.noise(items, options), options.timesteps(base.schedule)
-        last = options.final_alpha
+        xt, last = self.noise(items, options), options.final_alpha
+        timesteps = base.schedule.timesteps(options.steps, options.timestep_spacing)
         yield from reverse_process(denoise, base.schedule, xt, timesteps, options.sampler, final_alpha=last)
 
     def images(self, items: Sequence[Item], options: HintOptions) -> Iterator[tuple[Item, Tensor]]:

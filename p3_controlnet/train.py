@@ -29,7 +29,7 @@ from common.data import Batch
 from common.runtime import pick_device, pick_precision, seeded_generator
 from common.training import Trainer, diffusion_loss
 from common.training_options import TrainingOptions, add_training_arguments, training_options
-from latent_diffusion.base import Base, load_base, quiet
+from latent_diffusion.base import Base, load_base
 from latent_diffusion.drawing import DTYPES
 from latent_diffusion.files import cache_folder
 from latent_diffusion.miniature import BASE
@@ -111,9 +111,8 @@ def encode_and_place(
     base.text_encoder.to(device)
     cache = encode_pairs(base, pairs, data, size, folder)
     base.text_encoder.to("cpu")  # training needs it no longer
-    with quiet():
-        base.vae.to(device, frozen_dtype(options))
-        base.unet.to(device, frozen_dtype(options))
+    base.vae.to(device, frozen_dtype(options))
+    base.unet.to(device, frozen_dtype(options))
     return cache
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from common.cli import UserError
 from common.schedule import PREDICTIONS, SCHEDULES, NoiseSchedule
 
 
@@ -93,13 +94,13 @@ def test_timesteps_are_diffusers(spacing, steps):
     [
         (lambda: NoiseSchedule("quadratic"), "quadratic"),
         (lambda: NoiseSchedule().x0_and_eps(*torch.zeros(2, 1, 1), torch.tensor([0]), "score"), "score"),
-        (lambda: NoiseSchedule().timesteps(0), "0 steps"),
-        (lambda: NoiseSchedule().timesteps(1001), "1001 steps"),
+        (lambda: NoiseSchedule().timesteps(0), "--steps 0: must be from 1 to 1000"),
+        (lambda: NoiseSchedule().timesteps(1001), "--steps 1001: must be from 1 to 1000"),
         (lambda: NoiseSchedule().timesteps(10, "logarithmic"), "logarithmic"),
-        (lambda: NoiseSchedule().timesteps(1000, "leading", 1), "offset 1"),
-        (lambda: NoiseSchedule().timesteps(10, "leading", -1), "offset -1"),
+        (lambda: NoiseSchedule().timesteps(1000, "leading"), "--steps 1000 --timestep-spacing leading: leaves"),
+        (lambda: NoiseSchedule().timesteps(10, "leading", -1), "leaves the timesteps 0 to 999"),
     ],
 )
 def test_what_is_unknown_or_impossible_is_refused(make, complaint):
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises((ValueError, UserError), match=complaint):
         make()

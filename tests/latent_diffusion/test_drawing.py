@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from common.cli import Parser, UserError, options_from
 from common.images import to_uint8
 from common.sampling import ImageNoise
-from latent_diffusion.base import load_base, quiet
+from latent_diffusion.base import load_base
 from latent_diffusion.drawing import PromptOptions, PromptSampler, add_drawing_flags, draw_prompts, load_chosen_base
 
 ITEMS = [("red circle", (1,)), ("", (2,)), ("gold circle with blue background", (1, 5))]
@@ -23,8 +23,7 @@ def base(pipeline_folder):
 
 @pytest.mark.parametrize("options", [OPTIONS, replace(OPTIONS, timestep_spacing="leading", final_alpha="first")])
 def test_pictures_are_the_pipelines(base, pipeline_folder, options):
-    with quiet():
-        pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, local_files_only=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     ours = {"timestep_spacing": options.timestep_spacing, "set_alpha_to_one": options.final_alpha == "one"}
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **ours)

@@ -172,7 +172,7 @@ def test_digits_that_are_not_finite_are_not_saved(tmp_path, weights, complaint):
 
 def test_more_steps_than_the_weights_schedule_has(tmp_path, weights, complaint):
     short = changed(weights, tmp_path / "short.safetensors", schedule=asdict(NoiseSchedule("cosine", T=20)))
-    assert complaint(tmp_path / "out", short, "--steps", "21") == "--steps 21: choose from 1 to 20"
+    assert complaint(tmp_path / "out", short, "--steps", "21") == "--steps 21: must be from 1 to 20"
     assert not (tmp_path / "out").exists()
     assert len(draw(tmp_path / "out", short, "--steps", "20", "--count", "1")) == 10
 

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from common.checkpoint import load_about
 from common.cli import UserError
-from latent_diffusion.base import load_base, load_part, quiet
+from latent_diffusion.base import load_base, load_part
 from latent_diffusion.files import SD_V1, read_config
 from p3_personalization.words import (
     add_words,
@@ -37,14 +37,13 @@ def random_words(width, **vectors):
 
 def contexts_of_diffusers(base, words, prompts):
     """What diffusers' pipeline makes of prompts once it has read words: a file with one, or a list of states."""
-    with quiet():
-        pipeline = StableDiffusionPipeline(
-            **{name: getattr(base, name) for name in ("vae", "text_encoder", "tokenizer", "unet")},
-            scheduler=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
-        pipeline.load_textual_inversion(words)
-        with torch.no_grad():
-            return pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=False)[0]
+    pipeline = StableDiffusionPipeline(
+        **{name: getattr(base, name) for name in ("vae", "text_encoder", "tokenizer", "unet")},
+        scheduler=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.load_textual_inversion(words)
+    with torch.no_grad():
+        return pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=False)[0]
 
 
 def states(path):
@@ -203,11 +202,10 @@ def test_a_base_gets_matrices_and_shares_the_rest(pipeline_folder, custom_file, 
 
 
 def test_diffusers_reads_matrices_and_predicts_the_same(pipeline_folder, base, custom_file):
-    with quiet():
-        pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, local_files_only=True)
-        tensors = load_file(custom_file(-2))
-        pipeline.load_textual_inversion([{token: tensors.pop(token)} for token in list(tensors) if token[0] == "<"])
-        pipeline.unet.load_attn_procs(tensors, _pipeline=pipeline)
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, local_files_only=True)
+    tensors = load_file(custom_file(-2))
+    pipeline.load_textual_inversion([{token: tensors.pop(token)} for token in list(tensors) if token[0] == "<"])
+    pipeline.unet.load_attn_procs(tensors, _pipeline=pipeline)
     loaded = load_custom(base, custom_file(-2))
     contexts = loaded.encode_prompts(PROMPTS[:2])
     xt = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
