@@ -9,12 +9,13 @@ from benchmarks.ablations_p1 import joint_state, make_separate
 from common.training import Trainer
 from p1_ddpm import evaluate
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
+from tests.programs import run
 
 SMALL = ContextUNetConfig(widths=(8, 16), blocks=(1, 1), embedding=16)
 
 
 def measure(*arguments):
-    return ablations.main(ablations.parse_arguments([str(argument) for argument in arguments]))["rows"]
+    return run(ablations, *arguments)["rows"]
 
 
 @pytest.fixture
@@ -40,11 +41,10 @@ def test_separate_embeddings_are_a_joint_table_of_sums():
     assert (rows[:20] - null).abs().amax(dim=1).min() > 0.1
 
 
-def test_guidance_is_what_evaluate_measures(drawn, striped_digits, tiny_digit_weights):
+def test_guidance_is_what_evaluate_measures(drawn):
     rows = measure("p1-guidance", *drawn, "--scales", 1, 3)
     assert [row["variant"] for row in rows] == ["1", "3", "real images"]
-    flags = ["--weights", tiny_digit_weights, "--data", striped_digits, "--count", 1, "--seeds", 21, "--layout", "2024"]
-    result = evaluate.main(evaluate.parse_arguments([str(flag) for flag in [*flags, "--guidance-scale", 3]]))
+    result = run(evaluate, *drawn, "--seeds", 21, "--layout", "2024", "--guidance-scale", 3)
     (figures,), yardsticks = result["sets"], result["yardsticks"]
     for domain, name in {"mnistm": "MNIST-M", "svhn": "SVHN"}.items():
         for heading, figure in {"right": "accuracy", "recall": "recall", "Frechet": "frechet"}.items():

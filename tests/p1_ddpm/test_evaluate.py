@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from common.cli import UserError
 from common.data import LabelledImages
@@ -15,12 +14,13 @@ from common.metrics import frechet_distance, kernel_distance, precision_recall
 from p1_ddpm import digits, evaluate, sample
 from p1_ddpm.judge import LeNet, load_judge
 from tests.p1_ddpm.conftest import striped, write_png
+from tests.programs import read, run
 
 DIGITS = {"mnistm": (0, 2, 4, 6, 8), "svhn": (1, 3, 5, 7, 9)}
 
 
 def judge_folder(out, judges, *flags):
-    return evaluate.main(evaluate.parse_arguments([str(out), "--judges", str(judges), *map(str, flags)]))
+    return run(evaluate, out, "--judges", judges, *flags)
 
 
 @pytest.fixture
@@ -145,14 +145,13 @@ def test_seeds_are_judged_as_the_folders_that_sample_would_write(
     flags = ["--weights", tiny_digit_weights, "--steps", 2, "--count", 3, "--layout", "2024", "--precision", "fp32"]
     flags += ["--guidance-scale", 3]
     common = ["--judges", judges, "--data", striped_digits]
-    arguments = ["--seeds", 4, 5, *flags, *common, "--json", tmp_path / "results.json"]
-    results = evaluate.main(evaluate.parse_arguments([str(argument) for argument in arguments]))
+    results = run(evaluate, "--seeds", 4, 5, *flags, *common, "--json", tmp_path / "results.json")
     printed = capsys.readouterr().out
     assert all(row in printed for row in ("seed 4", "seed 5", "mean", "standard error", "30 training images"))
     four, five = results["sets"]
     assert (four["source"], five["source"]) == ("seed 4", "seed 5")
-    sample.main(sample.parse_arguments([str(flag) for flag in (tmp_path / "five", *flags, "--seed", 5)]))
-    folder = judge_folder(tmp_path / "five", judges, "--layout", "2024", *common[2:])
+    run(sample, tmp_path / "five", *flags, "--seed", 5)
+    folder = run(evaluate, tmp_path / "five", "--layout", "2024", *common)
     assert folder["sets"] == [five | {"source": str(tmp_path / "five")}]
     assert folder["yardsticks"] == results["yardsticks"]
     frechet = [found["mnistm"]["frechet"] for found in (four, five)]
@@ -176,7 +175,7 @@ def test_the_courses_classifier_is_scored_beside_the_judge(graded, judges, strip
     (found,) = results["sets"]
     right = 0
     for path in sorted((graded / "mnistm").iterdir()):
-        pixels = torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)[None] / 255
+        pixels = torch.from_numpy(read(path)).permute(2, 0, 1)[None] / 255
         right += int(lenet((pixels - 0.5) / 0.5).argmax()) == int(path.name[0])
     assert found["mnistm"]["classifier_accuracy"] == pytest.approx(right / 40)
     assert "classifier_accuracy" not in found["svhn"]

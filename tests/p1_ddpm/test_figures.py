@@ -11,14 +11,15 @@ from common.sampling import Step
 from p1_ddpm import digits, figures
 from p1_ddpm.digits import Digit
 from p1_ddpm.sample import DigitOptions, DigitSampler
+from tests.programs import read, run
 
 NAMES = ["grid_2024_mnistm.png", "grid_2024_svhn.png", "grid_2025.png", "guidance.png"]
 NAMES += ["reverse_process.gif", "reverse_process.png"]
 
 
-def arguments(out, weights, *flags):
-    given = ["--out", out, "--weights", weights, "--steps", 1, "--precision", "fp32", "--device", "cpu"]
-    return figures.parse_arguments([str(flag) for flag in (*given, "--guidance-scale", 3, *flags)])
+def draw(out, weights, *flags):
+    given = "--steps 1 --precision fp32 --device cpu --guidance-scale 3".split()
+    return run(figures, "--out", out, "--weights", weights, *given, *flags)
 
 
 def cells(picture: np.ndarray, rows: int, columns: int, scale: int, right: int = 0) -> np.ndarray:
@@ -33,7 +34,7 @@ def cells(picture: np.ndarray, rows: int, columns: int, scale: int, right: int =
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory, tiny_digit_weights, striped_digits):
     out = tmp_path_factory.mktemp("figures")
-    paths = figures.main(arguments(out, tiny_digit_weights, "--data", striped_digits))
+    paths = draw(out, tiny_digit_weights, "--data", striped_digits)
     assert sorted(paths) == sorted(out.iterdir()) == [out / name for name in NAMES]
     return out
 
@@ -58,7 +59,7 @@ def images(draws, digits, guidance_scale, **options):
     ],
 )
 def test_grids_have_a_digit_a_row_and_real_images_at_the_right(drawn, sampler, stripes, name, domains):
-    picture = np.asarray(Image.open(drawn / name))
+    picture = read(drawn / name)
     found = cells(picture, 10, 10, 3, right=28 * 3 + 4)
     for row in (0, 7):
         row_of = [Digit(domains[row], row, number) for number in range(1, 11)]
@@ -71,18 +72,17 @@ def test_grids_have_a_digit_a_row_and_real_images_at_the_right(drawn, sampler, s
 
 
 def test_guidance_rows_start_from_the_same_noise(drawn, sampler):
-    found = cells(np.asarray(Image.open(drawn / "guidance.png")), 5, 10, 3)
+    found = cells(read(drawn / "guidance.png"), 5, 10, 3)
     ten = [Digit("svhn" if label % 2 else "mnistm", label, 1) for label in range(10)]
     for row, scale in ((0, 1.0), (3, 6.0)):
         assert np.array_equal(found[row], images(sampler, ten, scale))
 
 
 def test_the_reverse_process_ends_in_the_first_digits(drawn, sampler):
-    found = cells(np.asarray(Image.open(drawn / "reverse_process.png")), 4, 6, 4)
+    found = cells(read(drawn / "reverse_process.png"), 4, 6, 4)
     first = [Digit("mnistm", 0, 1), Digit("svhn", 1, 1)]
     expected = images(sampler, first, 3.0, sampler="ddim", steps=50)
-    assert np.array_equal(found[0, 5], expected[0])
-    assert np.array_equal(found[2, 5], expected[1])
+    assert np.array_equal(found[::2, 5], expected)
     with Image.open(drawn / "reverse_process.gif") as gif:
         assert gif.n_frames == 51
         gif.seek(50)
@@ -113,9 +113,9 @@ def test_snapshots_pair_xt_with_the_x0_predicted_from_it():
 
 def test_without_data_the_real_column_is_left_out(tmp_path, tiny_digit_weights, drawn, monkeypatch, capsys):
     monkeypatch.setattr(digits, "DATA", tmp_path / "none")
-    figures.main(arguments(tmp_path / "out", tiny_digit_weights))
+    draw(tmp_path / "out", tiny_digit_weights)
     assert "nothing is compared with real images" in capsys.readouterr().out
-    without, beside = (np.asarray(Image.open(folder / "grid_2025.png")) for folder in (tmp_path / "out", drawn))
+    without, beside = (read(folder / "grid_2025.png") for folder in (tmp_path / "out", drawn))
     assert np.array_equal(cells(without, 10, 10, 3), cells(beside, 10, 10, 3, right=28 * 3 + 4))
 
 
@@ -124,7 +124,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path, tiny_digit_weights):
     flowers = tmp_path / "flowers.safetensors"
     save_tensors(flowers, state, about | {"domains": {"flowers": 20}})
     with pytest.raises(UserError, match="draws flowers, not the digits"):
-        figures.main(arguments(tmp_path / "out", flowers))
+        draw(tmp_path / "out", flowers)
     with pytest.raises(UserError, match=r"elsewhere: holds neither"):
-        figures.main(arguments(tmp_path / "out", tiny_digit_weights, "--data", tmp_path / "elsewhere"))
+        draw(tmp_path / "out", tiny_digit_weights, "--data", tmp_path / "elsewhere")
     assert list((tmp_path / "out").iterdir()) == []

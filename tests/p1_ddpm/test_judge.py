@@ -10,6 +10,7 @@ from common.checkpoint import load_tensors
 from common.cli import UserError
 from common.data import LabelledImages
 from p1_ddpm import judge
+from tests.programs import run
 
 
 def test_a_judge_learns_and_its_file_holds_the_accuracy_on_held_out_images(judges, stripes):
@@ -41,8 +42,7 @@ def test_the_program_trains_a_small_judge_in_half_precision_for_each_domain(
     tmp_path, striped_digits, monkeypatch, capsys
 ):
     monkeypatch.setattr(judge, "EPOCHS", {"mnistm": 0.3, "svhn": 0.3})
-    arguments = ["--data", str(striped_digits), "--out", str(tmp_path), "--device", "cpu"]
-    paths = judge.main(judge.parse_arguments(arguments))
+    paths = run(judge, "--data", striped_digits, "--out", tmp_path, "--device", "cpu")
     assert paths == [judge.judge_path(tmp_path, domain) for domain in ("mnistm", "svhn")]
     assert sorted(tmp_path.iterdir()) == paths  # no states, no logs
     assert all(path.stat().st_size < 1.5e6 for path in paths)

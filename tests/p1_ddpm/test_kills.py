@@ -6,22 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
+from tests.p1_ddpm.test_train import SMALL
+from tests.shell import ROOT
 from tests.training import metrics, same_files
 
-SCRIPT = Path(__file__).resolve().parents[2] / "p1_ddpm" / "train.py"
-FLAGS = [
-    *("--image-size", "8", "--widths", "8", "16", "--blocks", "1", "1", "--batch-size", "8", "--steps", "400"),
-    *("--precision", "fp32", "--device", "cpu", "--save-every", "1", "--validate-every", "7", "--log-every", "1"),
-    *("--sample-every", "150"),
-]
+OFTEN = "--steps 400 --save-every 1 --validate-every 7 --sample-every 150".split()
 
 
 def start(digits, out):
-    command = [sys.executable, str(SCRIPT), "--data", str(digits), "--out", str(out), *FLAGS]
+    command = [sys.executable, ROOT / "p1_ddpm" / "train.py", "--data", digits, "--out", out, *SMALL, *OFTEN]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 
