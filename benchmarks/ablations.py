@@ -1,6 +1,6 @@
 """Measure what the choices of the three problems are worth: each left out or changed, everything else kept.
 
-    python benchmarks/ablations.py                          # lists them, and whether they were measured
+    python benchmarks/ablations.py --help                   # lists them
     python benchmarks/ablations.py p1-guidance              # measures one and prints its table
     python benchmarks/ablations.py p1-guidance --write      # keeps the figures, and puts the table on its page in docs/
 
@@ -8,7 +8,6 @@ Each has its own settings (python benchmarks/ablations.py p1-guidance --help); t
 that train keep their runs in outputs/ablations: the same command again resumes.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,18 +25,9 @@ ABLATIONS = P1 | P2 | P3
 DOCS = ROOT / "docs"
 
 
-def state_of(name: str) -> str:
-    """Whether an ablation was measured, in a word or a few."""
-    path, settings = DOCS / "ablations" / f"{name}.json", ABLATIONS[name].settings
-    if not path.exists():
-        return "not measured"
-    now = {what: fingerprint(settings[what][0]) for what in WEIGHTS if what in settings}
-    return "measured" if json.loads(path.read_text())["weights"] == now else "measured with other weights"
-
-
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="ablations.py", description=__doc__)
-    kinds = parser.add_subparsers(dest="name", metavar="NAME", help="what to measure")
+    kinds = parser.add_subparsers(dest="name", metavar="NAME", required=True, help="what to measure")
     for name, ablation in ABLATIONS.items():
         about = ablation.measure.__doc__
         kind = kinds.add_parser(name, prog=f"ablations.py {name}", description=about, help=about)
@@ -51,12 +41,7 @@ def parse_arguments(argv: list[str] | None = None):
 
 
 def main(args) -> dict[str, Any]:
-    """Measure one ablation and return its figures; without a name, list all and return their states."""
-    if args.name is None:
-        states = {name: state_of(name) for name in ABLATIONS}
-        for name, ablation in ABLATIONS.items():
-            print(f"{name:<16} {states[name]:<28} {ablation.measure.__doc__}")
-        return states
+    """Measure one ablation and return its figures."""
     ablation, page = ABLATIONS[args.name], DOCS / f"{args.name.partition('-')[0]}.md"
     if args.write:
         replace_block(page, args.name, "")  # a page without the block is told before minutes of measuring

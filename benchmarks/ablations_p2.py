@@ -12,9 +12,8 @@ from common.cli import UserError
 from common.data import stack_images
 from common.images import read_image
 from common.runtime import pick_device
-from p2_ddim.interpolate import METHODS
 from p2_ddim.model import load_face_unet
-from p2_ddim.noise import Noise
+from p2_ddim.noise import METHODS, Noise
 from p2_ddim.sample import EXAMPLES, WEIGHTS, noises_for
 from p2_ddim.sampler import DDIMOptions, FaceSampler
 

@@ -116,7 +116,7 @@ def measure_prior(settings: Settings) -> Rows:
     check("count", count, count > 0, "above 0")
     base, options = load_base(settings["base"], pick_device()), replace(DRAWING, seed=seed)
     entries = read_table(EXAMPLES / "input.json")
-    colours = {number: concept_colour(photos) for number, photos in read_references(EXAMPLES, entries).items()}
+    colours = {n: concept_colour(photos, n) for n, photos in read_references(EXAMPLES, entries).items()}
     # Colour pairs that nothing was trained on, and no learned word.
     scenes = random_scenes(count, SCENE_SIZE, seed + 1, (1, 2), held_out=True)
     ordinary = [(scene.prompt, (k,)) for k, scene in enumerate(scenes)]

@@ -12,10 +12,8 @@ import json
 import resource
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, repeat
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,26 +22,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets import ImageFolder
-from torchvision.transforms.functional import to_tensor
 
 from benchmarks import peers
 from common.cli import Parser, Progress, check, run, silence
-from common.data import LabelledImages
-from common.images import save_png
 from common.output import add_json_argument, check_json, write_json
-from common.runtime import PRECISIONS, autocast, pick_device, pick_precision, seeded_generator
-from common.schedule import NoiseSchedule
+from common.runtime import PRECISIONS, autocast, pick_device, pick_precision
 from latent_diffusion.base import load_base
 from latent_diffusion.drawing import DTYPES
 from latent_diffusion.miniature import BASE
 from latent_diffusion.pairs import read_hints, read_pairs
-from p1_ddpm.digits import DOMAINS, wanted_digits
+from p1_ddpm.digits import wanted_digits
 from p1_ddpm.sample import WEIGHTS as DIGITS
 from p1_ddpm.sample import DigitOptions, DigitSampler
-from p1_ddpm.train import DigitBatches
 from p2_ddim.model import COURSE, FaceUNet, load_face_unet
 from p2_ddim.noise import random_noises
 from p2_ddim.sample import WEIGHTS as FACES
@@ -114,22 +105,7 @@ def measure_digits(args) -> Figures:
     seconds["plain"] *= 1000 / PLAIN_STEPS * len(digits) / PLAIN_IMAGES
     one = torch.zeros(1, *sampler.shape), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     rate = measure_rate(sampler.model, one, 2 * args.steps * len(digits), seconds["ours"], args)
-    return {"seconds": seconds, **rate, "batch_seconds": time_digit_batches(args)}
-
-
-def time_digit_batches(args) -> dict[str, float]:
-    """Training batches cut from preloaded uint8 images, and read from PNG files by a DataLoader."""
-    count = args.batch_size
-    images = torch.randint(0, 256, (8 * count, 3, 28, 28), generator=seeded_generator(0), dtype=torch.uint8)
-    digits = LabelledImages(images, torch.arange(len(images)) % 10, [str(k) for k in range(len(images))])
-    batches = DigitBatches({"mnistm": digits}, DOMAINS, NoiseSchedule("cosine"), count, drop=0.15)
-    with tempfile.TemporaryDirectory() as folder:
-        for k, image in enumerate(images):
-            save_png(Path(folder, str(k % 10), f"{k}.png"), image)
-        files = ImageFolder(folder, lambda image: to_tensor(image) * 2 - 1)
-        loaded = chain.from_iterable(repeat(DataLoader(files, count, shuffle=True)))
-        works = {"preloaded": lambda: batches(0, seeded_generator(0, 1, 0)), "PNG files": lambda: next(loaded)}
-        return time_in_turn(works, args.repeats)[0]
+    return {"seconds": seconds, **rate}
 
 
 def load_faces(args) -> tuple[nn.Module, Mapping[str, Any]]:

@@ -1,6 +1,6 @@
 """From files to tensors: labelled images by CSV, folders of images. Images are kept as uint8 in memory.
 
-A small data set decoded once and held as uint8 costs less than any worker process; see `benchmarks/speed.py`.
+A small data set decoded once and held as uint8 costs less than any worker process.
 """
 
 import io

@@ -161,15 +161,9 @@ def domain_weights(arguments: Sequence[str], domains: Sequence[str]) -> dict[str
 
 
 def train(
-    config: DigitTraining,
-    options: TrainingOptions,
-    make_model: Callable[[ContextUNetConfig], nn.Module] = ContextUNet,
-    save: Callable[[Path], Callable] = save_half,
+    config: DigitTraining, options: TrainingOptions, make_model: Callable[[ContextUNetConfig], nn.Module] = ContextUNet
 ) -> Path:
-    """Train a network, or resume its run; returns its EMA weights, `config.out/model.safetensors`.
-
-    `save` makes, from that path, what `Trainer.finish` writes the EMA weights with.
-    """
+    """Train a network, or resume its run; returns its EMA weights, `config.out/model.safetensors`."""
     train_sets, held_out, domains = read_sets(config)
     network = config.network(sum(domains.values()))
     weights = domain_weights(config.weights, list(train_sets))
@@ -213,7 +207,7 @@ def train(
         notes=notes,
     )
     path = config.out / "model.safetensors"
-    trainer.finish(save(path))
+    trainer.finish(save_half(path))
     return path
 
 

@@ -19,8 +19,7 @@ from common.cli import Parser, UserError, check, progress, run, say
 from common.files import printable
 from common.images import add_captions, grid, plain_text, save_gif, save_png
 from common.output import stage_folder
-from p2_ddim.interpolate import METHODS, STRIP, between
-from p2_ddim.noise import Noise, random_noises
+from p2_ddim.noise import METHODS, STRIP, Noise, between, random_noises
 from p2_ddim.sample import EXAMPLES, OUTPUT, WEIGHTS, add_sampling_arguments, make_sampler, noises_for
 from p2_ddim.sampler import DDIMOptions, FaceSampler
 

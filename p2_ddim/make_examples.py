@@ -1,12 +1,8 @@
-"""Make what comes with the project: the weights, ten noises, and their ground truth by diffusers' own scheduler.
+"""Make the examples: ten noises, unless they are there, and their ground truth by diffusers' own scheduler.
 
-python make_examples.py --install runs/p2/best.safetensors   # take these weights over, in fp16, and draw from them
-python make_examples.py                                      # draw the ground truth anew
-
-Noises that are there already are kept. The ground truth is drawn one image at a time in fp32.
+The ground truth is drawn one image at a time in fp32.
 """
 
-import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,15 +15,12 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torchvision.utils import save_image
 
-from common.checkpoint import load_model_file, save_tensors, to_half
 from common.cli import Parser, check, progress, run, say
-from common.output import stage_folder, write_atomically
+from common.output import stage_folder
 from common.schedule import NoiseSchedule
 from p2_ddim.model import FaceUNet, load_face_unet
 from p2_ddim.noise import Noise, random_noises, read_noises
 from p2_ddim.sample import EXAMPLES, WEIGHTS
-
-KEPT = ("kind", "config", "schedule", "prediction", "image_size", "step", "training", "validation_loss")
 
 
 def diffusers_scheduler(about: Mapping[str, Any]) -> DDIMScheduler:
@@ -53,14 +46,6 @@ def draw_by_diffusers(model: FaceUNet, about: Mapping[str, Any], noise: Noise, s
     return xt[0]
 
 
-def install(checkpoint: Path, weights: Path) -> None:
-    """Copy a checkpoint's EMA weights in fp16, with the facts about them, and write SHA256SUMS."""
-    state, about = load_model_file(checkpoint, "FaceUNet")
-    save_tensors(weights, to_half(state), {name: about[name] for name in KEPT if name in about})
-    line = f"{hashlib.sha256(weights.read_bytes()).hexdigest()}  {weights.name}\n"
-    write_atomically(weights.parent / "SHA256SUMS", lambda temporary: temporary.write_text(line))
-
-
 def write_noises(folder: Path, channels: int, size: int, seed: int) -> None:
     """Save those of ten noises that are not there yet, as the course does: one float32 tensor (1, C, H, W) a file."""
     with stage_folder(folder) as stage:
@@ -71,9 +56,8 @@ def write_noises(folder: Path, channels: int, size: int, seed: int) -> None:
 
 def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="make_examples.py", description=__doc__)
-    weights, examples = parser.add_argument_group("weights"), parser.add_argument_group("examples")
-    weights.add_argument("--install", type=Path, metavar="CHECKPOINT", help="copy this checkpoint's weights first")
-    weights.add_argument("--weights", type=Path, default=WEIGHTS, help="the weights that come with the project")
+    examples = parser.add_argument_group("examples")
+    examples.add_argument("--weights", type=Path, default=WEIGHTS, help="the weights to draw with")
     examples.add_argument("--out", type=Path, default=EXAMPLES, help="folder that gets noise/ and GT/")
     examples.add_argument("--seed", type=int, default=0, help="seed of the noises")
     examples.add_argument("--noise-only", type=int, metavar="SIZE", help="only make noises, of this size")
@@ -86,8 +70,6 @@ def main(args) -> list[Path]:
         check("noise_only", args.noise_only, args.noise_only > 0, "above 0")
         write_noises(args.out / "noise", 3, args.noise_only, args.seed)
         return []
-    if args.install:
-        install(args.install, args.weights)
     model, about = load_face_unet(args.weights)
     channels, size = model.config.image_channels, about["image_size"]
     write_noises(args.out / "noise", channels, size, args.seed)

@@ -1,5 +1,10 @@
-"""The noises that faces are drawn from: one image or several a file, saved by torch.save or as safetensors."""
+"""The noises that faces are drawn from: their files, random ones, and what lies between two.
 
+Gaussian noise of D values has length sqrt(D), almost exactly. Slerp, along the sphere, keeps that length. Lerp cuts
+through the sphere, and the network, which has never seen noise so short, draws a washed-out face in the middle.
+"""
+
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +18,7 @@ from common.sampling import ImageNoise
 from common.weights import Leftover, load_content
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
+STRIP = tuple(k / 10 for k in range(11))  # points of a way
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -72,3 +78,33 @@ def random_noises(count: int, shape: Sequence[int], seed: int) -> list[Noise]:
     """Noises 00, 01, ... of a seed, each of shape (C, H, W); number k is the same however many are drawn."""
     drawn = ImageNoise([(seed, k) for k in range(count)]).draw(shape)
     return [Noise(f"{k:02d}", xt) for k, xt in enumerate(drawn)]
+
+
+def lerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """(1 - alpha) a + alpha b: the straight line from a to b."""
+    return (1 - alpha) * a + alpha * b
+
+
+def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """The great circle from a to b, over all values together (Shoemake 1985; Song et al. 2021, section 5.3).
+
+    sin((1 - alpha) theta) / sin(theta) a + sin(alpha theta) / sin(theta) b, with theta the angle between a and b, which
+    have the same shape. Both ends, alpha = 0 and 1, are exact.
+    """
+    a_unit, b_unit = a.double() / a.double().norm(), b.double() / b.double().norm()
+    # Unlike the arc cosine of a product, this keeps small angles and those near pi (Kahan 2006).
+    theta = 2 * math.atan2(float((a_unit - b_unit).norm()), float((a_unit + b_unit).norm()))
+    if not math.sin(theta) > 1e-6:  # parallel, opposite, or NaN for a noise of zeros: no single circle joins them
+        return lerp(a, b, alpha)
+    from_a, from_b = (math.sin(part * theta) / math.sin(theta) for part in (1 - alpha, alpha))
+    return from_a * a + from_b * b
+
+
+METHODS = {"slerp": slerp, "lerp": lerp}
+
+
+def between(a: Noise, b: Noise, method: str, alphas: Sequence[float] = STRIP) -> list[Noise]:
+    """The noises at these points of the way from a to b; a `UserError` if the two differ in shape."""
+    if a.xt.shape != b.xt.shape:
+        raise UserError(f"noises {a.name} and {b.name}: shapes {tuple(a.xt.shape)} and {tuple(b.xt.shape)} differ")
+    return [Noise(f"{a.name}-{b.name}-{alpha:g}", METHODS[method](a.xt, b.xt, alpha)) for alpha in alphas]

@@ -16,8 +16,7 @@ from latent_diffusion.base import Base
 from latent_diffusion.drawing import PRECISION_OF, PromptOptions, to_fp32
 from latent_diffusion.pairs import Pair
 from p3_controlnet.model import ControlNet
-from p3_controlnet.patches import in_patches
-from p3_controlnet.unet import ControlledUNet
+from p3_controlnet.unet import ControlledUNet, in_patches
 
 Item = tuple[Pair, Tensor]  # with the pair's hint: uint8 (3, size, size)
 

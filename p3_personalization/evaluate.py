@@ -16,7 +16,7 @@ and with --discs, for the miniature:
 
 import sys
 from argparse import BooleanOptionalAction
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,6 @@ def read_references(folder: Path, entries: Sequence[TableEntry]) -> dict[str, li
     """The photos of each concept, uint8 (H, W, 3) each, by its number; a `UserError` where a concept has none."""
     files = {entry.number: list_images(folder / entry.number) for entry in entries}
     return {number: [read_image(file, None) for file in own] for number, own in files.items()}
-
-
-def disc_colours(references: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
-    """The colour of each concept's disc, sRGB (3,); a `UserError` where a photo shows no disc."""
-    colours = {number: concept_colour(photos) for number, photos in references.items()}
-    for number, colour in colours.items():
-        if colour is None:
-            raise UserError(f"concept {number!r}: not all its pictures show a disc; use --no-discs")
-    return colours
 
 
 def read_drawn(out: Path, entry: TableEntry, prompt: int, count: int) -> list[np.ndarray]:
@@ -118,7 +109,7 @@ def main(args) -> list[dict[str, Any]]:
             raise UserError(f'{args.table} concept {entry.number!r}: has no "prompt_4_clip_eval"; add one a prompt')
     references = read_references(args.references, entries)
     with_discs = args.references.resolve() == EXAMPLES if args.discs is None else args.discs
-    colours = disc_colours(references) if with_discs else {}
+    colours = {n: concept_colour(photos, n) for n, photos in references.items()} if with_discs else {}
     device = pick_device(args.device)
     clip = Clip(args.clip, device, pick_precision(args.precision, device))
     rows = []

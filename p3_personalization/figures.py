@@ -28,8 +28,8 @@ from common.output import stage_folder
 from latent_diffusion.base import Base
 from latent_diffusion.drawing import PromptOptions, add_drawing_flags, draw_prompts
 from latent_diffusion.miniature import BASE
-from latent_diffusion.miniature.regions import shows_colours
-from p3_personalization.evaluate import disc_colours, read_references
+from latent_diffusion.miniature.regions import concept_colour, shows_colours
+from p3_personalization.evaluate import read_references
 from p3_personalization.generate import (
     CUSTOM,
     CUSTOM_DIFFUSION,
@@ -122,7 +122,7 @@ def main(args) -> list[Path]:
     tokens = [entry.token for entry in entries[:2]]
     prompt = args.prompt or (MINIATURE_TWO if miniature else TWO).format(*tokens)
     with_discs = miniature if args.discs is None else args.discs
-    colours = [*disc_colours(references).values()][:2] if with_discs else []
+    colours = [concept_colour(references[entry.number], entry.number) for entry in entries[:2] if with_discs]
     plain = load_plain(args)
     bases = {INVERSION: with_learned(plain, args.words), CUSTOM_DIFFUSION: with_learned(plain, [], args.custom)}
     for base in bases.values():

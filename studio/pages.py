@@ -21,9 +21,8 @@ from latent_diffusion.pairs import Pair
 from p1_ddpm.digits import DOMAINS, Digit
 from p1_ddpm.sample import DigitOptions, DigitSampler
 from p2_ddim.figures import plot_lengths
-from p2_ddim.interpolate import METHODS, between
 from p2_ddim.model import load_face_unet
-from p2_ddim.noise import Noise, random_noises
+from p2_ddim.noise import METHODS, Noise, between, random_noises
 from p2_ddim.sampler import DDIMOptions, FaceSampler
 from p3_controlnet.sample import default_controlnet, load_sampler
 from p3_controlnet.sampler import HintOptions, HintSampler

@@ -1,4 +1,4 @@
-"""The program that measures ablations: what it keeps, what it writes into pages, and what it says of old figures."""
+"""The program that measures ablations: what it keeps, and what it writes into pages."""
 
 import json
 
@@ -55,14 +55,6 @@ def test_only_with_write_are_figures_kept_and_the_block_filled_in(calls, weights
         f"5 things at 1.0 2.5; the SHA-256 of the weights begins with {fingerprint(weights)}."
         " `python benchmarks/ablations.py p1-toy --count 5 --write`\n<!-- end of p1-toy -->\nafter\n"
     )
-
-
-def test_it_tells_what_was_measured_and_with_which_weights(calls, weights):
-    assert call() == {"p1-toy": "not measured"}
-    call("p1-toy", "--write")
-    assert call() == {"p1-toy": "measured"}
-    weights.write_bytes(b"two")
-    assert call() == {"p1-toy": "measured with other weights"}
 
 
 def test_a_page_without_the_block_is_told_before_measuring(calls, tmp_path):

@@ -73,7 +73,6 @@ def test_every_figure_is_there(tiny_digit_weights, face_weights, tmp_path):
     flags = ["--images", 2, "--steps", 2, "--batch-size", 4, "--precision", "fp32", "--repeats", 1]
     digits = call("p1", "--weights", tiny_digit_weights, *flags, "--json", tmp_path / "p1.json")
     assert json.loads((tmp_path / "p1.json").read_text()) == digits
-    assert len(digits["batch_seconds"]) == 2
     drawn = call("p2", "--weights", face_weights, *flags)
     assert max(difference["mean_square"] for difference in drawn["difference"].values()) < 0.1
     for figures in (digits, drawn):

@@ -8,7 +8,6 @@ from docs/results/; your own weights are judged by the same programs. The page n
 """
 
 import base64
-import hashlib
 import json
 import mimetypes
 import platform
@@ -203,17 +202,6 @@ def percent(value: Any, digits: int = 2) -> str:
     return text if text == "-" else f"{text} %"
 
 
-def describe_weights(args: Namespace) -> list[str]:
-    """Your own weights files, each with the start of its SHA-256."""
-    named = (args.p1_weights, args.p2_weights, args.p3_controlnet, args.p3_words, args.p3_custom)
-    lines = []
-    for path in filter(None, named):
-        for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
-            with open(file, "rb") as opened:
-                lines.append(f"{shown(file)}: SHA-256 {hashlib.file_digest(opened, 'sha256').hexdigest()[:16]}")
-    return lines
-
-
 def render(args: Namespace, outcomes: Mapping[str, Outcome], seconds: float) -> str:
     """The page, of what the commands made."""
 
@@ -231,7 +219,6 @@ def render(args: Namespace, outcomes: Mapping[str, Outcome], seconds: float) -> 
         f"{platform.machine()}, {torch.get_num_threads()} CPU thread(s)",
         torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
         f"Python {platform.python_version()}, torch {torch.__version__}",
-        *describe_weights(args),
     ]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
+from common.cli import UserError
 from latent_diffusion.miniature.colours import ciede2000, rgb_to_lab
 
 NEAR = 10.0  # CIEDE2000: up to here a colour is the one that was asked for
@@ -184,9 +185,9 @@ def shows_colours(image: np.ndarray, colours: Sequence[np.ndarray]) -> list[bool
     return shown
 
 
-def concept_colour(pictures: Sequence[np.ndarray]) -> np.ndarray | None:
-    """The colour of the largest disc in pictures of a concept, sRGB (3,); None if any shows no disc."""
+def concept_colour(pictures: Sequence[np.ndarray], concept: str) -> np.ndarray:
+    """The colour of the largest disc in pictures of a concept, sRGB (3,); a `UserError` if any shows no disc."""
     found = [find_discs(picture) for picture in pictures]
     if not all(found):
-        return None
+        raise UserError(f"concept {concept!r}: not all its pictures show a disc; use --no-discs")
     return np.median([median_colour(picture, discs[0]) for picture, discs in zip(pictures, found)], axis=0)

@@ -1,17 +1,10 @@
-"""Ablations of problem 1 end to end with tiny networks, and separate embeddings as a special joint table."""
+"""Ablations of problem 1 end to end with tiny networks."""
 
 import pytest
-import torch
-from torch import nn
 
 from benchmarks import ablations
-from benchmarks.ablations_p1 import joint_state, make_separate
-from common.training import Trainer
 from p1_ddpm import evaluate
-from p1_ddpm.model import ContextUNet, ContextUNetConfig
 from tests.programs import run
-
-SMALL = ContextUNetConfig(widths=(8, 16), blocks=(1, 1), embedding=16)
 
 
 def measure(*arguments):
@@ -21,24 +14,6 @@ def measure(*arguments):
 @pytest.fixture
 def drawn(striped_digits, tiny_digit_weights):
     return "--weights", tiny_digit_weights, "--data", striped_digits, "--count", 1
-
-
-def test_separate_embeddings_are_a_joint_table_of_sums():
-    torch.manual_seed(0)
-    separate, joint = make_separate(SMALL).eval(), ContextUNet(SMALL).eval()
-    for parameter in separate.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    joint.load_state_dict(joint_state(separate))
-    generator = torch.Generator().manual_seed(1)
-    xt, t, labels = torch.randn(21, 3, 28, 28, generator=generator), torch.arange(21) * 40, torch.arange(21)
-    with torch.no_grad():
-        assert torch.equal(separate(xt, t, labels), joint(xt, t, labels))
-    rows = joint.context.weight.detach()
-    mnistm, svhn, null = rows[:10], rows[10:20], rows[20]
-    # One digit is from another as far in both domains.
-    assert ((mnistm - mnistm[0]) - (svhn - svhn[0])).abs().max() < 1e-5
-    assert (mnistm - svhn).abs().max() > 0.1
-    assert (rows[:20] - null).abs().amax(dim=1).min() > 0.1
 
 
 def test_guidance_is_what_evaluate_measures(drawn):
@@ -55,12 +30,3 @@ def test_guidance_is_what_evaluate_measures(drawn):
     # The same way to draw, found by the other ablations.
     assert measure("p1-interval", *drawn, "--scale", 3)[0] == rows[1] | {"variant": "0 to 1000"}
     assert measure("p1-steps", *drawn, "--scale", 3, "--steps", 10)[0] == rows[1] | {"variant": "dpm-solver++, 10"}
-
-
-def test_classes_are_trained_once_and_measured_again(striped_digits, tmp_path, monkeypatch):
-    flags = ["--data", striped_digits, "--count", 1, "--training-steps", 8, "--batch-size", 4, "--widths", 8, 16]
-    rows = measure("p1-classes", *flags, "--out", tmp_path / "runs")
-    assert rows[0]["validation loss"] != rows[1]["validation loss"] > 0
-    assert "validation loss" not in rows[2]
-    monkeypatch.setattr(Trainer, "take_step", None)
-    assert measure("p1-classes", *flags, "--out", tmp_path / "runs") == rows

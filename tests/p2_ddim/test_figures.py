@@ -9,8 +9,7 @@ from PIL import Image
 
 from common.cli import UserError
 from p2_ddim import figures
-from p2_ddim.interpolate import slerp
-from p2_ddim.noise import Noise
+from p2_ddim.noise import Noise, slerp
 from p2_ddim.sample import make_sampler, noises_for
 
 

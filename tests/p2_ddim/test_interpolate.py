@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from common.cli import UserError
-from p2_ddim.interpolate import STRIP, between, lerp, slerp
-from p2_ddim.noise import Noise
+from p2_ddim.noise import STRIP, Noise, between, lerp, slerp
 
 ALPHAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 

@@ -1,13 +1,10 @@
 """What comes with the project: noises, ground truth by diffusers' scheduler, weights that can be checked."""
 
-import hashlib
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common.checkpoint import load_tensors
 from p2_ddim import evaluate, make_examples, sample
 from p2_ddim.make_examples import diffusers_scheduler
 from p2_ddim.model import COURSE
@@ -17,16 +14,16 @@ from p2_ddim.noise import random_noises
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory, face_weights):
     folder = tmp_path_factory.mktemp("project")
-    args = ["--install", str(face_weights), "--weights", str(folder / "faces.safetensors"), "--out", str(folder)]
+    args = ["--weights", str(face_weights), "--out", str(folder)]
     make_examples.main(make_examples.parse_arguments(args))
     return folder
 
 
-def test_our_sampler_reproduces_the_ground_truth(examples, tmp_path):
+def test_our_sampler_reproduces_the_ground_truth(examples, face_weights, tmp_path):
     """Fifty steps through both programs, from the files that were written."""
 
     def errors(name, *flags):
-        paths = [str(path) for path in (examples / "noise", tmp_path / name, examples / "faces.safetensors")]
+        paths = [str(path) for path in (examples / "noise", tmp_path / name, face_weights)]
         sample.main(sample.parse_arguments([*paths, *flags]))
         return evaluate.squared_errors(tmp_path / name, examples / "GT")
 
@@ -51,15 +48,6 @@ def test_noises_are_the_seeds_and_are_kept(tmp_path):
         assert (tensor.shape, tensor.dtype) == ((1, 3, 16, 16), torch.float32)
         assert torch.equal(tensor, own if path.stem == "04" else noise.xt[None])
         assert path.stat().st_size < 8000  # not the storage of all ten
-
-
-def test_installed_weights_are_halved_and_summed(examples, face_weights):
-    path = examples / "faces.safetensors"
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert (path.parent / "SHA256SUMS").read_text() == f"{digest}  faces.safetensors\n"
-    (halved, facts), (full, about) = load_tensors(path), load_tensors(face_weights)
-    assert facts == about
-    assert all(torch.equal(tensor, full[name].half()) for name, tensor in halved.items())
 
 
 def test_for_the_courses_weights_the_scheduler_is_the_contracts():

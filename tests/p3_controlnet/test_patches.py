@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from p3_controlnet.patches import in_patches, starts
-from p3_controlnet.unet import ControlledUNet
+from p3_controlnet.unet import ControlledUNet, in_patches, starts
 
 
 def inputs(height, width):

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
+from common.cli import UserError
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
 from latent_diffusion.miniature.regions import (
     centre_iou,
@@ -231,7 +232,8 @@ def test_a_disc_too_small_is_not_seen():
 
 def test_a_concept_s_colour_is_that_of_its_pictures():
     pictures = [draw_discs((LEFT, "wine"), ((92.0, 80.0, 8.0), "gold"), background=b) for b in ("white", "black")]
-    assert concept_colour(pictures).tolist() == WINE.tolist()
-    noisy = concept_colour([blur(picture, 3) for picture in pictures])
+    assert concept_colour(pictures, "0").tolist() == WINE.tolist()
+    noisy = concept_colour([blur(picture, 3) for picture in pictures], "0")
     assert from_to(noisy, WINE) < 2
-    assert concept_colour([*pictures, draw_discs(background="white")]) is None
+    with pytest.raises(UserError, match="concept '0': not all its pictures show a disc"):
+        concept_colour([*pictures, draw_discs(background="white")], "0")
