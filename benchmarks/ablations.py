@@ -1,10 +1,9 @@
 """Measure what the choices of the three problems are worth: each left out or changed, everything else kept.
 
-    python benchmarks/ablations.py --help                   # lists them
     python benchmarks/ablations.py p1-guidance              # measures one and prints its table
     python benchmarks/ablations.py p1-guidance --write      # keeps the figures, and puts the table on its page in docs/
 
-Each has its own settings (python benchmarks/ablations.py p1-guidance --help); they are printed below its table. Those
+`--help` lists them. Each has its own settings, with a `--help` of their own; they are printed below its table. Those
 that train keep their runs in outputs/ablations: the same command again resumes.
 """
 

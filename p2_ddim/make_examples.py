@@ -1,5 +1,7 @@
 """Make the examples: ten noises, unless they are there, and their ground truth by diffusers' own scheduler.
 
+python make_examples.py
+
 The ground truth is drawn one image at a time in fp32.
 """
 
