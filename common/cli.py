@@ -157,9 +157,6 @@ class Progress:
     Args:
         total: units of work in all, each a `unit`, such as "step".
         done: how many are done already; `n` counts on from there.
-
-    Attributes:
-        bar: tqdm's; disabled where none is shown.
     """
 
     def __init__(self, total: int, name: str, unit: str, done: int = 0):

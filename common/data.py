@@ -27,17 +27,11 @@ HELD_OUT_EVERY = 10
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images with class ids.
+    """Images with class ids."""
 
-    Attributes:
-        images: uint8 (N, 3, H, W).
-        labels: int64 (N,).
-        names: file names, in the same order.
-    """
-
-    images: Tensor
-    labels: Tensor
-    names: list[str]
+    images: Tensor  # uint8 (N, 3, H, W)
+    labels: Tensor  # int64 (N,)
+    names: list[str]  # of their files
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,13 +56,9 @@ def stack_images(images: list[np.ndarray]) -> Tensor:
 def read_csv_images(table: Path, size: int | None = None, classes: int = 10_000) -> LabelledImages:
     """Images listed in a CSV with the columns `image_name,label`; the files lie in `data/` beside it, or beside it.
 
-    Args:
-        size: side to resize to; None keeps the size of the first image (all must share it).
-        classes: labels must lie in 0..classes-1.
-
-    Raises:
-        UserError: no such file, missing columns, a label out of range, or a missing or broken image; with the row's
-            number, where the header is row 1.
+    They are resized to squares of `size`; without it all must have the first one's size. A `UserError` for missing
+    columns, a label outside of 0 to `classes` - 1, or a missing or broken image; with the row's number, where the
+    header is row 1.
     """
     import pandas as pd  # here, because drawing images reads no tables and starts a second faster
 
@@ -169,11 +159,8 @@ def jitter(images: Tensor, generator: torch.Generator, shift: int = 2, contrast:
 class DrawnAhead:
     """Batches by step; while the GPU works on one, a thread draws the next into pinned memory.
 
-    An error in drawing is raised at the step that it belongs to.
-
-    Args:
-        draw: from a step to its batch, on the CPU; it must depend on nothing but the step.
-        steps: after the last one nothing is drawn ahead.
+    `draw` is from a step to its batch, on the CPU, and must depend on nothing else; its errors are raised at their own
+    step. After the last of the `steps` nothing is drawn ahead.
     """
 
     def __init__(self, draw: Callable[[int], Batch], steps: int):

@@ -86,11 +86,7 @@ def all_distances(real: Tensor, drawn: Tensor, k: int) -> dict[str, float]:
 
 
 def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest reference (M, D) of every query (N, D), by Euclidean distance; both of one dtype.
-
-    Returns:
-        Distances (N,) and positions among the references (N,).
-    """
+    """Distances (N,) from queries (N, D) to their nearest references (M, D), and these references' positions (N,)."""
     # Some queries at a time, for the memory. The fast shortcut ranks well enough; the distance to the winner is then
     # computed exactly.
     index = torch.cat([torch.cdist(part, references).argmin(dim=1) for part in queries.split(AT_ONCE)])

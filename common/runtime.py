@@ -60,11 +60,9 @@ def seeded_generator(*key: int) -> torch.Generator:
 
 
 class Processes:
-    """The processes that share a run: one, or those that `accelerate launch` or `torchrun` started.
+    """The `count` processes that share a run: one, or those that `accelerate launch` or `torchrun` started.
 
-    Attributes:
-        rank: number of this process, from 0.
-        count: how many there are.
+    This one's number, from 0, is `rank`.
     """
 
     def __init__(self):

@@ -40,15 +40,11 @@ def make_betas(name: str, T: int, beta_start: float, beta_end: float) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A discrete variance-preserving schedule of T timesteps; cosine has no use for the first and last beta.
-
-    Attributes:
-        betas, alphas_cumprod: float64 tensors (T,) on the CPU.
-    """
+    """A discrete variance-preserving schedule of T timesteps: `betas` and `alphas_cumprod`, float64 (T,) on the CPU."""
 
     name: str = "linear"  # one of `SCHEDULES`
     T: int = 1000
-    beta_start: float = 1e-4
+    beta_start: float = 1e-4  # cosine has no use for the first and last beta
     beta_end: float = 2e-2
 
     def __post_init__(self):
@@ -102,11 +98,7 @@ class NoiseSchedule:
         raise ValueError(f"prediction {prediction!r}: choose from {', '.join(PREDICTIONS)}")
 
     def min_snr_weight(self, t: Tensor, prediction: str, gamma: float) -> Tensor:
-        """Loss weights min(SNR, gamma), over what the prediction type already weighs (Hang et al. 2023, section 3.4).
-
-        Returns:
-            float32 tensor shaped as t.
-        """
+        """Loss weights min(SNR, gamma), over what the prediction already weighs (Hang et al. 2023, section 3.4)."""
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         already = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[prediction]
         return (snr.clamp(max=gamma) / already).float().to(t.device)[t]

@@ -111,8 +111,7 @@ class TrainingState:
     def resume(self, scaler: torch.amp.GradScaler | None) -> None:
         """Load the newest saved state, if there is one, and say which options changed since.
 
-        Raises:
-            UserError: the state is another model's, or from after this run's last step.
+        A `UserError` if it is another model's, or from after this run's last step.
         """
         if not (files := self.files()):
             return

@@ -233,17 +233,11 @@ def find_state(content: Any, path: Path) -> Mapping[str, Tensor]:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A weights file, still on disk.
-
-    Attributes:
-        path: of the file.
-        shapes: of its tensors by their names, without what wrappers put into these, in the file's order.
-        about: facts that this project saved with them; empty for others' files.
-    """
+    """A weights file, still on disk."""
 
     path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    about: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]]  # by the tensors' names, without what wrappers add, in the file's order
+    about: Mapping[str, Any] = field(default_factory=dict)  # facts that this project saved; empty for others' files
 
     def read(self, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of these names, in the file's order; each stays on disk until it is copied."""

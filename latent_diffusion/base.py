@@ -106,11 +106,7 @@ class Base:
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents of images: the posterior's mean times the scaling factor (Rombach et al. 2022, appendix G).
 
-        Args:
-            images: (N, 3, H, W) in [-1, 1]; height and width divisible by `factor`.
-
-        Returns:
-            (N, C, H / factor, W / factor) of the models' dtype, about standard normal.
+        From (N, 3, H, W) in [-1, 1] to (N, C, H / factor, W / factor) of the models' dtype, about standard normal.
         """
         mean = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist.mean
         return mean * self.vae.config.scaling_factor
@@ -188,10 +184,7 @@ def load_base(
         path: a folder that diffusers' `StableDiffusionPipeline.save_pretrained` wrote, whose safety checker is not
             read; or a single file in the original layout, `.ckpt` or `.safetensors`.
         device, dtype: of the weights in memory, whatever they are on disk.
-        cache: see `read_stable_diffusion`.
-
-    Raises:
-        UserError: nothing is there, or a part of it is missing, broken or of another kind.
+        cache: see `read_stable_diffusion`; errors also as there, and as `load_part`.
     """
     path = Path(path)
     if not path.exists():

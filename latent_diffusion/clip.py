@@ -18,13 +18,7 @@ BATCH, TEXTS = 32, 256  # pictures and texts at a time
 class Clip:
     """A CLIP model (Radford et al. 2021), such as ViT-B/32's or the project's own.
 
-    Args:
-        folder: in transformers' format: a model, a tokenizer and an image processor.
-        device: where to compute.
-        precision: fp32, bf16 or fp16.
-
-    Raises:
-        UserError: the folder lacks one of them.
+    The folder has a model, a tokenizer and an image processor in transformers' format; else it is a `UserError`.
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu", precision: str = "fp32"):

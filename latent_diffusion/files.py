@@ -212,8 +212,7 @@ def read_stable_diffusion(
         device, dtype: of the weights in memory, whatever they are in the file.
         cache: folder for safetensors made of `.ckpt` files, under their names, sizes and times; None makes none.
 
-    Raises:
-        UserError: the file is missing, truncated, harmful or another model's; the line says what it is.
+    A `UserError` if the file is missing, truncated, harmful or another model's; the line says what it is.
     """
     path, copy = Path(path), None
     if cache is not None and path.is_file() and not is_safetensors(path):

@@ -88,8 +88,7 @@ def read_pairs(table: Path, keep_going: bool = False, distinct_targets: bool = F
         keep_going: see `usable`.
         distinct_targets: refuse a line with the target of an earlier one, whose file it would overwrite.
 
-    Raises:
-        UserError: no such file, no text, no line in it, or with its number a line that cannot be used.
+    A `UserError` if there is no such file, no text, no line in it, or with its number for a line that cannot be used.
     """
     text = read_text(table, f"name one with lines such as {EXAMPLE}")
     # Not splitlines: JSON may hold the further line ends that it knows.

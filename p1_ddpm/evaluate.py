@@ -97,9 +97,8 @@ def measure(
 ) -> tuple[Figures, Figures]:
     """Measure one set of digits, beside real (training and held-out) ones in the domains where there are some.
 
-    Returns:
-        The figures of each domain and `score`, the course's mean of both accuracies; and the yardsticks of each domain,
-        which are what held-out and training images get in the place of drawn ones.
+    Returns the figures of each domain and `score`, the course's mean of both accuracies; and the yardsticks of each
+    domain, which are what held-out and training images get in the place of drawn ones.
     """
     figures, yardsticks = {}, {}
     for domain, images in sets.items():

@@ -46,17 +46,11 @@ class Shards:
 
 @dataclass(frozen=True)
 class Cache:
-    """Encoded pairs.
+    """Encoded pairs."""
 
-    Attributes:
-        latents: (N, 4, h, w), scaled; fp16.
-        contexts: (U, 77, D), one row a distinct prompt, the first the empty prompt's; fp16.
-        rows: (N,) int64, each pair's row of `contexts`.
-    """
-
-    latents: Shards
-    contexts: Shards
-    rows: Tensor
+    latents: Shards  # (N, 4, h, w), scaled; fp16
+    contexts: Shards  # (U, 77, D), one row a distinct prompt, the first the empty prompt's; fp16
+    rows: Tensor  # (N,) int64, each pair's row of `contexts`
 
     @property
     def null_context(self) -> Tensor:
@@ -104,9 +98,6 @@ def encode_shards(
         sources: one a row: what it is made of, or a hash of that.
         base_hash: of the weights that make it.
         encode: from a range of rows to the rows, fp16 on the CPU.
-
-    Raises:
-        UserError: a file cannot be written, or is no safetensors file.
     """
     starts = range(0, len(sources), SHARD)
     ranges = [slice(start, min(start + SHARD, len(sources))) for start in starts]

@@ -7,9 +7,7 @@ by the scenes' exact outlines; iou and colours_right are those of evaluate.py.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,24 +27,7 @@ from p3_controlnet.evaluate import JUDGED, judge, summarise
 from p3_controlnet.sample import add_sampling_arguments, load_sampler
 
 LINE_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12)  # pixels of 512
-
-
-def lines(scene: Scene, k: int, width: float | None = None, flaw: str | None = None) -> np.ndarray:
-    """The hint of scene k, perhaps with another line or a flaw: uint8 (512, 512, 3)."""
-    if width:
-        scene = replace(scene, line_width=width / DRAWN)
-    return draw_hint(scene, DRAWN, flaw, seeded_generator(0, 9, k))
-
-
-def inverted(scene: Scene, k: int) -> np.ndarray:
-    """Black lines on white."""
-    return 255 - lines(scene, k)
-
-
-def filled(scene: Scene, k: int) -> np.ndarray:
-    """White discs in place of their outlines."""
-    discs = np.logical_or.reduce([distances(circle, DRAWN) < circle.radius for circle in scene.circles])
-    return np.repeat(np.uint8(255 * discs)[..., None], 3, axis=2)
+KINDS = (*(f"{width}px" for width in LINE_WIDTHS), *FLAWS, "squeezed", "inverted", "filled")
 
 
 def squeezed(hint: np.ndarray) -> np.ndarray:
@@ -55,14 +36,17 @@ def squeezed(hint: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(hint[low:-low]).resize((DRAWN, DRAWN), Image.Resampling.LANCZOS))
 
 
-# From a scene and its number to a hint, which every reader sees as `read_image` reads it from a file.
-KINDS: dict[str, Callable[[Scene, int], np.ndarray]] = {
-    **{f"{width}px": partial(lines, width=width) for width in LINE_WIDTHS},
-    **{flaw: partial(lines, flaw=flaw) for flaw in FLAWS},
-    "squeezed": lambda scene, k: squeezed(lines(scene, k)),
-    "inverted": inverted,
-    "filled": filled,
-}
+def make_hint(scene: Scene, k: int, kind: str) -> np.ndarray:
+    """A hint of one of KINDS of scene k, as the file holds it: uint8 (512, 512, 3)."""
+    if kind == "filled":  # white discs in place of their outlines
+        discs = np.logical_or.reduce([distances(circle, DRAWN) < circle.radius for circle in scene.circles])
+        return np.repeat(np.uint8(255 * discs)[..., None], 3, axis=2)
+    if kind.endswith("px"):
+        scene = replace(scene, line_width=int(kind[:-2]) / DRAWN)
+    hint = draw_hint(scene, DRAWN, kind if kind in FLAWS else None, seeded_generator(0, 9, k))
+    if kind == "squeezed":
+        return squeezed(hint)
+    return 255 - hint if kind == "inverted" else hint  # black lines on white
 
 
 def parse_arguments(argv: list[str] | None = None):
@@ -70,7 +54,7 @@ def parse_arguments(argv: list[str] | None = None):
     judging = parser.add_argument_group("judging")
     judging.add_argument("--count", type=int, default=24, help="scenes of one circle, and as many of two")
     judging.add_argument("--scenes-seed", type=int, default=3, help="seed of the scenes")
-    judging.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="which kinds")
+    judging.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="which kinds")
     judging.add_argument("--base", type=Path, default=BASE, help="the frozen model: one file or a diffusers folder")
     add_sampling_arguments(parser)
     add_json_argument(parser)
@@ -87,13 +71,13 @@ def main(args) -> dict:
         figures[kind] = {"count": args.count}
         for name, circles in (("one", 1), ("two", 2)):
             scenes = list(random_scenes(args.count, DRAWN, args.scenes_seed, (circles,), True))
-            hints = [Image.fromarray(KINDS[kind](scene, k)) for k, scene in enumerate(scenes)]
+            hints = [Image.fromarray(make_hint(scene, k, kind)) for k, scene in enumerate(scenes)]
             small = [np.array(hint.resize((size, size), Image.Resampling.LANCZOS)) for hint in hints]
             pairs = [Pair("", f"{k}.png", scene.prompt, f"scene {k}") for k, scene in enumerate(scenes)]
             items = [(pair, torch.from_numpy(hint).permute(2, 0, 1)) for pair, hint in zip(pairs, small)]
             judged = []
             for k, (_, picture) in enumerate(sampler.images(items, options)):
-                exact = lines(scenes[k], k, width=LINE_WIDTHS[-2])
+                exact = make_hint(scenes[k], k, "8px")
                 images = squeezed(exact) if kind == "squeezed" else exact, picture.permute(1, 2, 0).numpy()
                 resized = [
                     Image.fromarray(image).resize((JUDGED, JUDGED), Image.Resampling.LANCZOS) for image in images

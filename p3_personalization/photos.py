@@ -72,15 +72,10 @@ def views(image: Tensor, count: int, smallest: float, flip: bool, generator: tor
 
 @dataclass(frozen=True)
 class EncodedExamples:
-    """Training examples: the latents of each photo's views, and the tokens of its captions.
+    """Training examples: the latents of each photo's views, and the tokens of its captions."""
 
-    Attributes:
-        latents: float32 (N, views, C, h, w) on the CPU.
-        tokens: for each photo int64 (captions, longest).
-    """
-
-    latents: Tensor
-    tokens: list[Tensor]
+    latents: Tensor  # float32 (N, views, C, h, w) on the CPU
+    tokens: list[Tensor]  # for each photo int64 (captions, longest)
 
     def take(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The photos at these positions, each in a random view and with a random caption: latents and tokens."""

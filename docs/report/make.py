@@ -151,12 +151,9 @@ def call(commands: Sequence[list[str]]) -> Outcome:
 
 
 def compare_faces(drawn: Path, truth: Path, errors: Mapping[str, float]) -> Tensor:
-    """The first faces above their ground truth and the difference of the two: uint8 (3, height, width).
+    """The first faces of a folder above their ground truth and the difference of the two: uint8 (3, height, width).
 
-    Args:
-        drawn: folder of the faces.
-        truth: folder of the ground truth, with the same file names.
-        errors: mean squared error by file name.
+    `errors` are mean squared errors by file name.
     """
     names = [name for name in errors if name != "mean"][:FACES]
     stems = [Path(name).stem for name in names]

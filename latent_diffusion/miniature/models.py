@@ -122,10 +122,7 @@ def learn_merges(words: Mapping[str, int], most: int) -> list[tuple[str, str]]:
     """The pairs that byte-pair encoding merges, in their order (Sennrich et al. 2016, algorithm 1).
 
     The tokenizers library would break ties anew in every process, but a resumed run needs the tokens it began with.
-
-    Args:
-        words: how often each comes.
-        most: how many pairs at most; with enough of them each word is one token.
+    From how often each word comes to so many pairs at `most`; with enough of them each word is one token.
     """
     spelled = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
     merges = []

@@ -48,11 +48,9 @@ def take_nearest(values: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def region_at(image: np.ndarray, point: tuple[int, int]) -> np.ndarray:
-    """The area of one colour that holds a point: a flood fill whose edge is put where the colours are halfway.
+    """The area of one colour that holds a point, row and column, of an image, uint8 (H, W, 3): bool (H, W).
 
-    Args:
-        image: uint8 (H, W, 3).
-        point: row and column.
+    It is a flood fill whose edge is put where the colours are halfway.
     """
     row, column = point
     patch = image[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2].reshape(-1, 3)
@@ -71,10 +69,9 @@ def region_at(image: np.ndarray, point: tuple[int, int]) -> np.ndarray:
 
 
 def hint_regions(hint: np.ndarray) -> np.ndarray:
-    """The areas between a hint's lines, as numbers from 1: int (H, W); a line is split along its middle.
+    """The areas between the lines of a hint, uint8 (H, W, 3), white on black, as numbers from 1: int (H, W).
 
-    Args:
-        hint: uint8 (H, W, 3), white lines on black.
+    A line is split along its middle.
     """
     light = hint.max(axis=-1).astype(np.float32)
     light *= 255 / max(light.max(), LINE)  # reduced to a small picture, thin lines are faint

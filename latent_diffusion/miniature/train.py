@@ -99,11 +99,7 @@ class RoundTrip(nn.Module):
         self.vae = vae
 
     def forward(self, x0: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode images, take a sample of the posterior (its mean without `eps`), decode.
-
-        Returns:
-            The images again, and mean and log variance of the posterior.
-        """
+        """The images again, from a sample of the posterior (its mean without `eps`); its mean and log variance."""
         posterior = self.vae.encode(x0).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         latents = mean if eps is None else mean + (logvar / 2).exp() * eps
