@@ -6,11 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers.utils.logging
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from common.cli import UserError, progress
 from common.runtime import autocast
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 
 BATCH, TEXTS = 32, 256  # pictures and texts at a time
 

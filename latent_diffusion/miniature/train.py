@@ -32,6 +32,7 @@ from common.schedule import NoiseSchedule
 from common.training import Trainer, diffusion_loss, loss_of
 from common.training_options import TrainingOptions, add_training_arguments, training_options
 from latent_diffusion.base import Base, load_part, prompt_tokens
+from latent_diffusion.clip import Clip
 from latent_diffusion.drawing import PromptOptions, draw_prompts
 from latent_diffusion.miniature import models
 from latent_diffusion.miniature.colours import ciede2000, rgb_to_lab
@@ -56,7 +57,7 @@ class StageOptions:
     # leave those timesteps out.
     min_snr_gamma: float = option(0.0, "cap of the min-SNR loss weights; 0 weighs all timesteps alike")
     prompt_drop: float = option(0.1, "share of the prompts that training replaces by the empty one")
-    init: Path | None = option(None, "base whose U-Net to start from (default: at random)", type=Path)
+    init: Path | None = option(None, "the base, or CLIP's folder, to start from (default: at random)", type=Path)
 
     def __post_init__(self):
         for name in ("kl_weight", "min_snr_gamma"):
@@ -189,9 +190,13 @@ def contrastive_loss(clip: CLIPModel, batch: Batch) -> Tensor:
 def train_clip(config: StageOptions, options: TrainingOptions) -> Path:
     """Train CLIP and its tokenizer; write OUT/clip, and OUT/pipeline's text_encoder and tokenizer; returns OUT/clip."""
     train, held_out = read_pictures(config.data)
-    tokenizer = models.make_tokenizer(train.prompts)
     torch.manual_seed(options.seed)
-    clip = models.make_clip(tokenizer)
+    if config.init:
+        known = Clip(config.init)
+        clip, tokenizer = known.model.train(), known.tokenizer
+    else:
+        tokenizer = models.make_tokenizer(train.prompts)
+        clip = models.make_clip(tokenizer)
 
     def tokens(prompts: list[str]) -> Tensor:
         # Padding comes after the prompt's end, which nothing after it can change: the shortest will do.
@@ -275,7 +280,7 @@ STAGES = {
     ),
     "clip": (
         train_clip,
-        ("kl_weight", "min_snr_gamma", "prompt_drop", "init"),
+        ("kl_weight", "min_snr_gamma", "prompt_drop"),
         {"steps": 400, "batch_size": 256, "lr": 1e-3},
     ),
     "unet": (train_unet, ("kl_weight",), {"steps": 3000, "batch_size": 64, "lr": 1e-3}),

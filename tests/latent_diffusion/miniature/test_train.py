@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor
 
 from common.cli import UserError
@@ -127,6 +128,13 @@ def test_an_earlier_part_may_be_trained_again(finished, data, tmp_path):
     shutil.rmtree(out / "pipeline" / "unet")
     run("unet", data, out, "--steps", "5")
     load_base(out / "pipeline")
+
+
+def test_clip_goes_on_from_a_folder(finished, data, tmp_path):
+    run("clip", data, tmp_path, "--init", str(finished / "clip"), "--steps", "1", "--lr", "1e-9")
+    before, after = (load_file(out / "clip" / "model.safetensors") for out in (finished, tmp_path))
+    assert max((before[name] - after[name]).abs().max() for name in before) < 1e-3
+    assert (tmp_path / "clip/tokenizer.json").read_bytes() == (finished / "clip/tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize(
