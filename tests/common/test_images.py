@@ -1,4 +1,4 @@
-"""Pixels against torchvision's rule, and what becomes of them in grids, captions and GIFs."""
+"""Pixels against torchvision's rule, and pictures of every kind that people have."""
 
 import io
 
@@ -11,7 +11,7 @@ from torchvision.utils import save_image
 
 from common import cli
 from common.cli import UserError
-from common.images import add_captions, grid, list_images, plain_text, read_image, save_gif, save_png, to_uint8
+from common.images import list_images, plain_text, read_image, save_png, to_uint8
 
 
 def test_rounding_is_save_images(tmp_path):
@@ -25,30 +25,6 @@ def test_rounding_is_save_images(tmp_path):
 def test_every_byte_survives_the_round_trip():
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     assert torch.equal(to_uint8(levels.float() / 127.5 - 1), levels)
-
-
-def test_grid_places_images_row_by_row():
-    images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).expand(6, 3, 2, 2)
-    sheet = grid(images, columns=3, scale=2, gap=1)
-    assert sheet.shape == (3, 2 * 5 + 1, 3 * 5 + 1)
-    assert sheet[0, 1::5, 1::5].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert sheet[:, 0].eq(255).all()
-
-
-def test_captions_leave_the_picture_whole():
-    picture = torch.randint(0, 255, (3, 40, 60), dtype=torch.uint8)
-    sheet = add_captions(picture, rows=["first", "second"], columns=["a", "b"], title="digits")
-    assert torch.equal(sheet[:, -40:, -60:], picture)
-    assert sheet[:, :-40].eq(0).any(), "the title is drawn in black"
-
-
-def test_gif_holds_every_frame(tmp_path):
-    frames = [torch.full((3, 8, 8), level, dtype=torch.uint8) for level in (0, 90, 255)]
-    save_gif(tmp_path / "walk.gif", frames, milliseconds=50, hold=900)
-    with Image.open(tmp_path / "walk.gif") as gif:
-        assert gif.n_frames == 3
-        gif.seek(2)
-        assert gif.info["duration"] == 900
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "avif"])

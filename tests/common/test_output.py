@@ -21,14 +21,6 @@ def test_interrupted_writing_leaves_the_earlier_file_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_staged_files_appear_together(tmp_path):
-    with stage_folder(tmp_path) as stage:
-        (stage / "svhn").mkdir()
-        (stage / "svhn" / "1_001.png").write_text("new")
-        assert not (tmp_path / "svhn").exists()
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["1_001.png", "svhn"]
-
-
 def fill(folder, *names):
     with stage_folder(folder) as stage:
         for name in names:

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from common.cli import UserError
-from common.sampling import Denoiser, ImageNoise, Step, check_finite, draw, draw_in_batches, reverse_process
+from common.sampling import Denoiser, ImageNoise, Step, check_finite, draw, draw_in_batches
 from common.schedule import NoiseSchedule
 
 SHAPE = (2, 3, 8, 8)
@@ -100,18 +100,6 @@ def test_dpm_solver_equals_diffusers(prediction, steps):
     assert (ours - xt).abs().max() < 1e-6 * xt.abs().max().clamp(min=1)
 
 
-def test_every_step_is_yielded_and_ends_at_the_result():
-    schedule = NoiseSchedule("linear")
-    timesteps = schedule.timesteps(5, "trailing")
-    denoise = Denoiser(network, schedule, "eps")
-    steps = list(reverse_process(denoise, schedule, start(), timesteps))
-    assert [step.t for step in steps] == timesteps
-    assert torch.equal(steps[-1].xt, draw(denoise, schedule, start(), timesteps))
-    # With a final alpha of one, the last step returns the clamped prediction itself.
-    assert torch.equal(steps[-1].xt, steps[-1].x0)
-    assert steps[-1].xt.abs().max() <= 1
-
-
 def test_guidance_is_one_batched_call_and_none_at_scale_one():
     sizes = []
 
@@ -159,12 +147,6 @@ class TestBatches:
             return xt + 100
 
         return list(draw_in_batches(range(10), walk, finish, batch_size=batch_size, steps=2, to_fp32=to_fp32))
-
-    def test_items_come_with_their_images_in_order(self):
-        drawn = self.draw()
-        assert [item for item, _ in drawn] == list(range(10))
-        assert [float(image) for _, image in drawn] == [100.0 + k for k in range(10)]
-        assert self.sizes == [4, 4, 2]
 
     def test_a_batch_that_does_not_fit_is_halved(self, capsys):
         assert [item for item, _ in self.draw(room=3, batch_size=8)] == list(range(10))

@@ -1,5 +1,6 @@
 """Training the Context-UNet through its own script: batches, resume, processes, precision, and bad input."""
 
+import subprocess
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ from p1_ddpm.digits import DOMAINS, read_digits
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
 from p1_ddpm.train import DigitBatches
 from tests.programs import parse, run
-from tests.shell import ROOT, call
+from tests.shell import ENVIRONMENT, ROOT, call
 from tests.training import killed_at, metrics, newest, same_files
 
 SMALL = [
@@ -42,11 +43,9 @@ def finished(digits, tmp_path_factory):
 
 
 def test_a_run_leaves_its_weights_states_log_and_pictures(finished):
-    names = {path.name for path in finished.iterdir()}
-    assert names == {
-        *("state_00000010.safetensors", "state_00000020.safetensors", "best.safetensors", "model.safetensors"),
-        *("metrics.jsonl", "samples_00000020.png", "tensorboard"),
-    }
+    weights = [f"{name}.safetensors" for name in ("best", "model", "state_00000010", "state_00000020")]
+    names = [*weights, "metrics.jsonl", "samples_00000020.png", "tensorboard"]
+    assert sorted(path.name for path in finished.iterdir()) == sorted(names)
     with Image.open(finished / "samples_00000020.png") as picture:
         # Two rows of ten 8x8 images, doubled, with white lines of 2 pixels around them.
         assert picture.size == (10 * 18 + 2, 2 * 18 + 2)
@@ -83,6 +82,26 @@ def test_ten_steps_a_kill_and_ten_more_are_twenty(digits, finished, tmp_path):
     assert any(key.startswith("optimizer.") and key.endswith("exp_avg_sq") for key in newest(tmp_path)[0])
     assert metrics(tmp_path) == metrics(finished)
     assert (tmp_path / "samples_00000020.png").read_bytes() == (finished / "samples_00000020.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_kills_in_the_middle_of_saves_change_nothing(digits, tmp_path):
+    """The same command after every SIGKILL; the tenth is left alone."""
+    flags, whole, out = ["--steps", "100", "--save-every", "1"], tmp_path / "whole", tmp_path / "killed"
+    train(digits, whole, *flags)
+    script = [ROOT / "p1_ddpm" / "train.py", "--data", digits, "--out", out, *SMALL, *flags]
+    for _ in range(9):
+        before = set(out.glob("state_*"))
+        process = subprocess.Popen([sys.executable, *script], env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
+        while set(out.glob("state_*")) == before or not any(out.glob(".unfinished-*")):
+            assert process.poll() is None, "the run ended before it could be killed"
+        process.kill()
+        process.wait()
+    assert call(sys.executable, *script, patience=600).returncode == 0
+    assert not list(out.glob(".unfinished-*"))
+    for name in ("state_00000099", "state_00000100", "best", "model"):
+        assert same_files(whole / f"{name}.safetensors", out / f"{name}.safetensors"), name
+    assert metrics(whole) == metrics(out)
 
 
 def test_two_processes_train_as_one(digits, tmp_path):
@@ -141,19 +160,15 @@ def test_domains_come_as_often_as_their_weights_say(digits, weights, counts):
 
 
 def test_labels_belong_to_their_images(digits):
+    def pairs(images, labels):
+        return {(image.numpy().tobytes(), int(label)) for image, label in zip(images, labels)}
+
     sets = read_digits(digits, size=8)
-    truth = {}
-    for domain, offset in (("mnistm", 0), ("svhn", 10)):
-        for image, label in zip(to_unit_range(sets[domain].images), sets[domain].labels.tolist()):
-            truth[image.numpy().tobytes()] = label + offset
+    truth = (pairs(to_unit_range(sets[name].images), sets[name].labels + 10 * k) for k, name in enumerate(DOMAINS))
     batches = make_batches(digits, batch_size=40)
-    seen = set()
-    for step in range(2):
-        batch = batches(step, seeded_generator(0, 1, step))
-        for image, label in zip(batch["x0"], batch["labels"].tolist()):
-            assert truth[image.numpy().tobytes()] == label
-            seen.add(image.numpy().tobytes())
-    assert seen == set(truth)  # two batches of twenty each are one epoch of both domains
+    drawn = [batches(step, seeded_generator(0, 1, step)) for step in range(2)]
+    # Two batches of twenty each are one epoch of both domains.
+    assert set().union(*(pairs(batch["x0"], batch["labels"]) for batch in drawn)) == set().union(*truth)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +181,6 @@ def test_labels_belong_to_their_images(digits):
         (["--augment", "usps"], "--augment usps: no such domain; choose from mnistm, svhn"),
         (["--weights", "usps=2"], "--weights usps=2: must be DOMAIN=W with W above 0 and one of mnistm, svhn"),
         (["--weights", "svhn=nan"], "--weights svhn=nan: must be DOMAIN=W with W above 0 and one of mnistm, svhn"),
-        (["--widths", "8"], "--widths, --blocks: widths (8,), blocks (1, 1)"),
         (["--widths", "7", "8"], "--widths, --blocks: width 7"),
         (["--label-drop", "2"], "--label-drop 2.0"),
         (["--min-snr-gamma", "nan"], "--min-snr-gamma nan"),
@@ -180,10 +194,9 @@ def test_bad_input_is_refused_in_one_line(digits, tmp_path, tiny_digit_weights, 
     def filled(text):
         return text.replace("{tmp}", str(tmp_path)).replace("{weights}", str(tiny_digit_weights))
 
-    few = tmp_path / "few"
-    few.mkdir()
-    (few / "train.csv").write_text("image_name,label\n" + "a.png,1\n" * 3)
-    Image.new("RGB", (8, 8)).save(few / "a.png")
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "train.csv").write_text("image_name,label\n" + "a.png,1\n" * 3)
+    Image.new("RGB", (8, 8)).save(tmp_path / "few" / "a.png")
     args = parse(program, "--data", digits, "--out", tmp_path / "out", *SMALL, *map(filled, flags))
     assert refusal(program.main, args).startswith(filled(complaint))
     assert not list((tmp_path / "out").rglob("*.safetensors"))

@@ -11,6 +11,7 @@ from torch import nn
 
 from p2_ddim import sample
 from p2_ddim.model import FaceUNet, FaceUNetConfig
+from tests.programs import read, run
 
 # Small enough for fifty steps, with all that the course's network has: several levels, attention, wider skips.
 NARROW = FaceUNetConfig(widths=(16, 32), attention=(False, True), embedding=32)
@@ -65,8 +66,8 @@ def draw_faces(tmp_path, face_weights):
 
     def draw(noise, *flags, weights=face_weights) -> dict[str, np.ndarray]:
         out = Path(tempfile.mkdtemp(dir=tmp_path)) / "new" / "out"
-        files = sample.main(sample.parse_arguments([str(noise), str(out), str(weights), "--steps", "3", *flags]))
+        files = run(sample, noise, out, weights, "--steps", 3, *flags)
         assert sorted(out.iterdir()) == sorted(files)
-        return {path.name: np.asarray(Image.open(path)) for path in files}
+        return {path.name: read(path) for path in files}
 
     return draw

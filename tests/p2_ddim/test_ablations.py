@@ -8,16 +8,13 @@ import pytest
 from benchmarks import ablations
 from p2_ddim import sample
 from p2_ddim.noise import read_noises
+from tests.programs import run
 
 
 @pytest.fixture
 def measure(face_weights, noise_folder):
-    def measure(name, *arguments):
-        source = ["--weights", face_weights, "--noise", noise_folder]
-        arguments = [str(argument) for argument in (name, *source, *arguments)]
-        return ablations.main(ablations.parse_arguments(arguments))["rows"]
-
-    return measure
+    source = "--weights", face_weights, "--noise", noise_folder
+    return lambda name, *arguments: run(ablations, name, *source, *arguments)["rows"]
 
 
 def test_as_many_steps_as_the_reference_are_the_reference(measure):
@@ -33,8 +30,7 @@ def test_without_eta_nothing_moves(measure):
 
 
 def test_the_conventions_are_those_of_the_ground_truth(measure, face_weights, noise_folder, tmp_path):
-    arguments = [str(noise_folder), str(tmp_path / "GT"), str(face_weights), "--steps", "4"]
-    sample.main(sample.parse_arguments(arguments))
+    run(sample, noise_folder, tmp_path / "GT", face_weights, "--steps", 4)
     kept, *left_out = measure("p2-conventions", "--truth", tmp_path / "GT", "--steps", 4)
     assert kept["mean"] == kept["largest"] == 0
     assert len(left_out) == 4

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from p2_ddim import evaluate
+from tests.programs import run
 
 
 def write(folder, **images):
@@ -27,7 +28,7 @@ def test_errors_are_mean_squares_on_the_byte_scale(tmp_path, capsys):
     out = write(tmp_path / "out", a=red, b=flat(255), c=flat(7))
     truth = write(tmp_path / "GT", a=flat(10), b=flat(0), c=flat(7))
     file = tmp_path / "figures" / "errors.json"
-    errors = evaluate.main(evaluate.parse_arguments([out, truth, "--json", str(file)]))
+    errors = run(evaluate, out, truth, "--json", file)
     assert errors == {"a.png": 2.0, "b.png": 65025.0, "c.png": 0.0, "mean": pytest.approx(65027 / 3)}
     assert json.loads(file.read_text()) == errors
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]

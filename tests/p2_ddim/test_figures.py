@@ -11,16 +11,13 @@ from common.cli import UserError
 from p2_ddim import figures
 from p2_ddim.noise import Noise, slerp
 from p2_ddim.sample import make_sampler, noises_for
+from tests.programs import parse, read
 
 
 @pytest.fixture
 def arguments(noise_folder, face_weights, tmp_path):
-    paths = ["--noise", noise_folder, "--weights", face_weights, "--out", tmp_path / "out"]
-    return lambda *flags: figures.parse_arguments([*map(str, paths), "--steps", "2", *flags])
-
-
-def read(path):
-    return np.asarray(Image.open(path))
+    paths = "--noise", noise_folder, "--weights", face_weights, "--out", tmp_path / "out"
+    return lambda *flags: parse(figures, *paths, "--steps", 2, *flags)
 
 
 def test_all_figures(arguments, tmp_path):
@@ -45,7 +42,7 @@ def test_both_strips_have_the_same_ends_and_differ_between(arguments, tmp_path):
     assert same[-128:].all()
     assert not same.all()
     first, _ = strips()  # from 00 to 01
-    assert np.abs(first[:, 2:130].astype(int) - sphere[:, -130:-2]).max() <= 1
+    assert np.abs(first[:, 2:130] - sphere[:, -130:-2]).max() <= 1
 
 
 def test_the_grid_has_a_row_an_eta_and_a_column_a_noise(arguments, noise_folder):

@@ -11,6 +11,7 @@ from torch import nn
 from common.checkpoint import load_tensors, save_tensors
 from p2_ddim import sample
 from p2_ddim.sampler import FaceSampler
+from tests.programs import parse
 
 # The forms in which people save a noise; each gets one (1, 3, 16, 16) whose values fp16 and bf16 can hold.
 FORMS = {
@@ -50,7 +51,7 @@ def test_several_images_in_a_file_and_several_sizes_in_a_folder(noise_folder, tm
     assert sorted(together) == ["many_00.png", "many_01.png", "many_02.png", "many_03.png", "wide.png"]
     assert together["wide.png"].shape == (8, 24, 3)
     for k in range(4):
-        assert np.abs(together[f"many_{k:02d}.png"].astype(int) - apart[f"{k:02d}.png"]).max() <= 1
+        assert np.abs(together[f"many_{k:02d}.png"] - apart[f"{k:02d}.png"]).max() <= 1
     assert "wide is 24x8" in capsys.readouterr().err
 
 
@@ -139,7 +140,7 @@ def test_a_mistake_gives_one_line_and_writes_nothing(
     arguments = {"noise": noise_folder, "out": tmp_path / "out", "weights": face_weights, "flags": ()}
     arguments |= spoil(noise_folder, face_weights, tmp_path) or {}
     *paths, more = arguments.values()
-    line = refusal(sample.main, sample.parse_arguments([*map(str, paths), *more]))
+    line = refusal(sample.main, parse(sample, *paths, *more))
     assert all(word in line for word in words), line
     assert (tmp_path / "out").exists() == (mistake == "out is a file")
     assert not (tmp_path / "ran").exists()
@@ -151,7 +152,7 @@ def test_an_image_that_is_not_finite_is_not_saved(precision, mend, tmp_path, mon
         return torch.stack([torch.zeros_like(xt[0]), *torch.full_like(xt[1:], torch.nan)])
 
     monkeypatch.setattr(FaceSampler, "predict", overflow)
-    args = [str(sample.EXAMPLES / "noise"), str(tmp_path / "out"), "--precision", precision, "--steps", "3"]
-    line = refusal(sample.main, sample.parse_arguments(args))
+    args = parse(sample, sample.EXAMPLES / "noise", tmp_path / "out", "--precision", precision, "--steps", 3)
+    line = refusal(sample.main, args)
     assert line == f"01: drawn in {precision} it is not finite; {mend}"
     assert list((tmp_path / "out").iterdir()) == []

@@ -10,6 +10,7 @@ from common.cli import UserError
 from common.images import save_png
 from p2_ddim import quality
 from p2_ddim.quality import nearest_training_faces
+from tests.programs import parse
 
 
 def random_faces(count, size, seed):
@@ -22,8 +23,8 @@ def arguments(face_weights, tmp_path):
     """A function from flags to arguments for a hundred faces of noise, so that ten are held out."""
     for k, face in enumerate(random_faces(100, 16, seed=0)):
         save_png(tmp_path / "data" / f"{k:03d}.png", face)
-    paths = ["--data", tmp_path / "data", "--weights", face_weights, "--out", tmp_path / "out"]
-    return lambda *flags: quality.parse_arguments([*map(str, paths), "--steps", "2", *flags])
+    paths = "--data", tmp_path / "data", "--weights", face_weights, "--out", tmp_path / "out"
+    return lambda *flags: parse(quality, *paths, "--steps", 2, *flags)
 
 
 def extract_pixels(images):

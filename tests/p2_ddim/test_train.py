@@ -11,6 +11,7 @@ from common.data import read_folder_images, to_unit_range
 from common.runtime import seeded_generator
 from p2_ddim import train
 from p2_ddim.train import draw_batch
+from tests.programs import parse
 
 SMALL = "--patch-size 2 --widths 8 16 --attention 0 1 --image-size 16 --batch-size 4 --precision fp32"
 OFTEN = "--steps 4 --save-every 2 --validate-every 2 --sample-every 4 --log-every 1"
@@ -18,11 +19,8 @@ OFTEN = "--steps 4 --save-every 2 --validate-every 2 --sample-every 4 --log-ever
 
 @pytest.fixture
 def arguments(face_folder, tmp_path):
-    def make(*flags):
-        paths = ["--data", str(face_folder), "--out", str(tmp_path / "run")]
-        return train.parse_arguments([*paths, *SMALL.split(), *OFTEN.split(), *flags])
-
-    return make
+    paths = "--data", face_folder, "--out", tmp_path / "run"
+    return lambda *flags: parse(train, *paths, *SMALL.split(), *OFTEN.split(), *flags)
 
 
 def value(picture):
@@ -65,7 +63,7 @@ def test_the_same_command_resumes_exactly(arguments, tmp_path):
     flags = ["--decay-fraction", "0", "--warmup", "1", "--lr", "1e-2"]
     half_way = load_tensors(train.main(arguments(*flags, "--steps", "2")))[0]
     resumed = load_tensors(train.main(arguments(*flags)))[0]
-    straight = load_tensors(train.main(arguments(*flags, "--out", str(tmp_path / "straight"))))[0]
+    straight = load_tensors(train.main(arguments(*flags, "--out", tmp_path / "straight")))[0]
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
     assert any(not torch.equal(resumed[name], half_way[name]) for name in half_way)
 

@@ -1,23 +1,20 @@
-"""The studio's command: who may reach it, what it says without Gradio, and that nothing else leans on it."""
+"""The studio's command: who may reach it and what it says without Gradio."""
 
 import asyncio
-import re
 import sys
-from pathlib import Path
 
 import pytest
 
 from common.cli import UserError
 from studio import app
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.programs import parse, run
 
 
 @pytest.mark.parametrize(("host", "warned"), [(None, False), ("localhost", False), ("::1", False), ("0.0.0.0", True)])
 def test_it_listens_on_loopback_unless_told_otherwise(host, warned, capsys, monkeypatch):
     monkeypatch.setattr(app, "start", lambda args: sys.exit(f"{args.host}:{args.port}"))
     with pytest.raises(SystemExit, match=rf"^{host or '127.0.0.1'}:7999$"):
-        app.main(app.parse_arguments([*(["--host", host] if host else []), "--port", "7999"]))
+        run(app, *(["--host", host] if host else []), "--port", 7999)
     assert ("everyone who reaches" in capsys.readouterr().err) == warned
 
 
@@ -32,15 +29,15 @@ def test_without_gradio_it_says_what_to_do(monkeypatch):
 
 def test_bad_arguments():
     with pytest.raises(UserError, match="--port 0: choose from 1 to 65535"):
-        app.main(app.parse_arguments(["--port", "0"]))
+        run(app, "--port", 0)
     with pytest.raises(UserError, match="--device nothing"):
-        app.make_pages(app.parse_arguments(["--device", "nothing"]))
+        app.make_pages(parse(app, "--device", "nothing"))
 
 
 def test_the_weights_named_are_those_used(tmp_path):
     names = ("digit-weights", "face-weights", "base", "controlnet", "words", "custom")
-    flags = [part for name in names for part in (f"--{name}", str(tmp_path / name))]
-    digits, faces, circles, words = app.make_pages(app.parse_arguments([*flags, "--precision", "fp32"]))
+    flags = [part for name in names for part in (f"--{name}", tmp_path / name)]
+    digits, faces, circles, words = app.make_pages(parse(app, *flags, "--precision", "fp32"))
     assert (digits.weights, faces.weights) == (tmp_path / "digit-weights", tmp_path / "face-weights")
     assert (circles.args.base, circles.args.controlnet) == (tmp_path / "base", [tmp_path / "controlnet"])
     learned = (words.args.base, words.args.words, words.args.custom)
@@ -62,14 +59,3 @@ def test_every_answer_forbids_the_browser_to_ask_elsewhere():
     assert (kept, name) == ((b"x", b"y"), b"content-security-policy")
     assert policy.startswith(b"default-src 'self'")
     assert b"http" not in policy
-
-
-def test_nothing_else_imports_the_studio_and_gradio_stays_in_one_file():
-    importing, found = re.compile(r"^\s*(?:from|import) (studio|gradio)\b", re.MULTILINE), set()
-    for folder in ROOT.glob("[a-z]*/"):
-        if folder.name not in ("runs", "outputs", "hw2_data", "checkpoints"):
-            for file in folder.rglob("*.py"):
-                names = importing.findall(file.read_text(encoding="utf-8"))
-                found |= {(name, file.relative_to(ROOT).as_posix()) for name in names}
-    assert {file for name, file in found if name == "gradio"} == {"studio/tabs.py"}
-    assert {file.rpartition("/")[0] for _, file in found} == {"studio", "tests/studio"}

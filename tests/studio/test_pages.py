@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from p3_controlnet import sample as hint_sample
 from p3_personalization import generate
 from studio.pages import Circles, Digits, Faces, Words, show_moment
 from studio.parts import line
+from tests.programs import parse, read, run
 
 CPU = torch.device("cpu")
 
@@ -48,18 +50,8 @@ def cells(picture, side, columns=1, scale=4, gap=0):
     return small.reshape(-1, side, side, 3).astype(int)
 
 
-def read(path):
-    return np.asarray(Image.open(path)).astype(int)
-
-
-def run(program, *arguments):
-    return program.main(program.parse_arguments([str(argument) for argument in arguments]))
-
-
 def args_of(program, base, *flags):
-    args = program.parse_arguments(["--device", "cpu", "--precision", "fp32", *map(str, flags)])
-    args.base = base
-    return args
+    return Namespace(**vars(parse(program, "--device", "cpu", "--precision", "fp32", *flags)) | {"base": base})
 
 
 @pytest.fixture
@@ -94,11 +86,8 @@ def test_digits_are_those_of_sample(digits, tiny_digit_weights, tmp_path):
 def test_the_way_goes_from_noise_to_image(digits):
     moments = draw(digits, **DIGITS)
     assert [t for t, *_ in moments] == [999, 666, 332, None]
-    noise, end = moments[0][1].float(), moments[3][1].float()
-    # Standard normal noise in [-1, 1]: a third lies outside and is cut, the rest is symmetric.
-    assert abs(float(noise.mean()) - 127.5) < 3
-    assert abs(float(((noise == 0) | (noise == 255)).float().mean()) - 0.317) < 0.02
-    assert float((moments[2][2] - end).abs().mean()) < float((noise - end).abs().mean())
+    # Standard normal noise in [-1, 1]: a third lies outside and is cut.
+    assert ((moments[0][1] == 0) | (moments[0][1] == 255)).double().mean().item() == pytest.approx(0.317, abs=0.02)
     shown = [show_moment(moments, position)[0][0] for position in (0, 2.0, 99, -1, None)]
     assert shown == ["xt at t = 999", "xt at t = 332", "the end: images", "xt at t = 999", "xt at t = 999"]
 
@@ -163,15 +152,10 @@ def test_the_picture_is_that_of_sample(circles, pipeline_folder, controlnet_fold
     assert np.abs(cells(without, 64, scale=6)[0] - expected).max() > 10
 
 
-def test_outlines_and_sentence(circles):
-    sentence, picture = circles.preview(values_of(circles, **PLACES, colour1="navy", colour2="gold"))
-    assert sentence == "gold circle and navy circle with pink background"
-    pixels = np.asarray(picture.convert("L"))
-    bright = np.flatnonzero(pixels[int(0.62 * len(pixels))] > 100) / len(pixels)
-    edges = {round(place, 2) for place in bright}
-    across = (0.22**2 - 0.17**2) ** 0.5  # half of the left circle at this height
-    assert edges >= {0.54, 0.86, round(0.33 - across, 2)}
-    assert circles.preview(values_of(circles, circles=1, colour1="navy"))[0] == "navy circle with pink background"
+def test_circles_are_told_from_left_to_right(circles):
+    values = values_of(circles, **PLACES, colour1="navy", colour2="gold")
+    assert circles.preview(values)[0] == "gold circle and navy circle with pink background"
+    assert circles.preview(values | {"circles": 1})[0] == "navy circle with pink background"
 
 
 def test_the_nearest_circle_moves(circles):
@@ -230,9 +214,7 @@ def test_words_that_come_later(pipeline_folder, words_file, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("page", "wrong", "complaint"),
     [
-        ("digits", {"domain": "emnist"}, "^domain emnist: choose mnistm, svhn$"),
         ("digits", {"label": 10}, "^digit 10: choose from 0 to 9$"),
-        ("circles", {"x1": 101}, "^circle 1: x 101: choose from 0 to 100$"),
         ("circles", {"colour2": None}, "^circle 2: colour is empty"),
         ("words", {"way": "magic"}, "^learned by magic: choose textual inversion, Custom Diffusion$"),
     ],
