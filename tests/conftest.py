@@ -1,14 +1,12 @@
-"""What many tests share: one thread, a fresh accelerate in every test, tiny digits and faces."""
+"""What many tests share: one thread, a fresh accelerate in every test, tiny weights of digits and faces."""
 
 import contextlib
 import resource
 import sys
 from dataclasses import asdict
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from common.checkpoint import save_tensors
 from common.cli import run
@@ -34,23 +32,6 @@ def fresh_accelerate():
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """The course's digits folder in small: both domains, 40 images of 8x8 each, a colour and some noise for a digit."""
-    root = tmp_path_factory.mktemp("digits")
-    random = np.random.default_rng(0)
-    for domain in ("mnistm", "svhn"):
-        (root / domain / "data").mkdir(parents=True)
-        names = [f"{3 * i + 2:05d}.png" for i in range(40)]
-        colours = random.integers(20, 236, (10, 3))
-        for i, name in enumerate(names):
-            pixels = colours[i % 10] + random.integers(-20, 20, (8, 8, 3))
-            Image.fromarray(pixels.astype(np.uint8)).save(root / domain / "data" / name)
-        rows = [f"{name},{i % 10}" for i, name in enumerate(names)]
-        (root / domain / "train.csv").write_text("\n".join(["image_name,label", *rows]) + "\n")
-    return root
-
-
 def save_random(path, kind, config, std, **facts):
     """Write a network that predicts v, with all weights drawn anew, those that begin as zeros too."""
     torch.manual_seed(0)
@@ -65,11 +46,8 @@ def save_random(path, kind, config, std, **facts):
 @pytest.fixture(scope="session")
 def tiny_digit_weights(tmp_path_factory):
     """A small Context-UNet of all twenty classes, where labels and time matter."""
-    path, config = (
-        tmp_path_factory.mktemp("weights") / "tiny.safetensors",
-        ContextUNetConfig(widths=(16, 32), embedding=32),
-    )
-    return save_random(path, ContextUNet, config, 0.15, domains=DOMAINS, image_size=28)
+    path, config = tmp_path_factory.mktemp("weights"), ContextUNetConfig(widths=(16, 32), embedding=32)
+    return save_random(path / "tiny.safetensors", ContextUNet, config, 0.15, domains=DOMAINS, image_size=28)
 
 
 @pytest.fixture(scope="session")

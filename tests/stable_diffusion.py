@@ -37,15 +37,10 @@ def randomised(module: nn.Module, seed: int) -> nn.Module:
 def make_unet(seed: int = 0) -> UNet2DConditionModel:
     """Two levels, the first with cross-attention, 4x8x8 latents, contexts of width 16; frozen."""
     unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=2,
-        norm_num_groups=8,
-        cross_attention_dim=16,
-        attention_head_dim=4,
-    )
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=2, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=4,
+    )  # fmt: skip
     return randomised(unet, seed).requires_grad_(False)
 
 
@@ -56,14 +51,9 @@ def pipeline_folder(tmp_path_factory) -> Path:
     tokenizer = CLIPTokenizer(vocab=VOCABULARY, merges=[], model_max_length=77)
     text_config = CLIPTextConfig(**SIZES, **IDS)
     vae = AutoencoderKL(
-        block_out_channels=(4, 4, 8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=64,
-        scaling_factor=0.5,
-    )
+        block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=64, scaling_factor=0.5,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+    )  # fmt: skip
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
         timestep_spacing="trailing", set_alpha_to_one=True, steps_offset=1,

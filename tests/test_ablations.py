@@ -7,6 +7,7 @@ import pytest
 from benchmarks import ablations
 from benchmarks.ablation_tables import Ablation, fingerprint, make_text, run_folder
 from common.cli import UserError, format_default
+from tests.programs import run
 
 EMPTY = "before\n<!-- p1-toy -->\nold\n<!-- end of p1-toy -->\nafter\n"
 
@@ -37,17 +38,13 @@ def calls(monkeypatch, weights, tmp_path):
     return calls
 
 
-def call(*arguments):
-    return ablations.main(ablations.parse_arguments([*arguments]))
-
-
 def test_only_with_write_are_figures_kept_and_the_block_filled_in(calls, weights, tmp_path, capsys):
-    call("p1-toy", "--scales", "3", "4")
+    run(ablations, "p1-toy", "--scales", "3", "4")
     assert calls == [{"count": 20, "scales": [3.0, 4.0], "weights": weights}]
     assert "| on | 50.0% | 0.3333 |" in capsys.readouterr().out
     assert (tmp_path / "p1.md").read_text() == EMPTY
     assert not (tmp_path / "ablations").exists()
-    result = call("p1-toy", "--count", "5", "--write")
+    result = run(ablations, "p1-toy", "--count", "5", "--write")
     assert json.loads((tmp_path / "ablations" / "p1-toy.json").read_text()) == result
     assert (tmp_path / "p1.md").read_text() == (
         "before\n<!-- p1-toy -->\n"
@@ -60,7 +57,7 @@ def test_only_with_write_are_figures_kept_and_the_block_filled_in(calls, weights
 def test_a_page_without_the_block_is_told_before_measuring(calls, tmp_path):
     (tmp_path / "p1.md").write_text("before\n<!-- p1-toy -->\n")
     with pytest.raises(UserError, match=r"p1\.md: has no block from"):
-        call("p1-toy", "--write")
+        run(ablations, "p1-toy", "--write")
     assert not calls
 
 

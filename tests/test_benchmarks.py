@@ -16,12 +16,9 @@ from p1_ddpm.sample import DigitOptions, DigitSampler
 from p2_ddim.model import COURSE, FaceUNet, FaceUNetConfig
 from p2_ddim.noise import random_noises
 from p2_ddim.sampler import DDIMOptions, FaceSampler
+from tests.programs import parse, run
 
 SMALL = FaceUNetConfig(widths=(8, 16), blocks=1, attention=(False, True), embedding=16)
-
-
-def call(*arguments):
-    return speed.main(speed.parse_arguments([str(argument) for argument in arguments]))
 
 
 def test_works_take_turns_and_the_median_counts():
@@ -71,9 +68,9 @@ def test_both_peers_draw_our_faces(prediction):
 
 def test_every_figure_is_there(tiny_digit_weights, face_weights, tmp_path):
     flags = ["--images", 2, "--steps", 2, "--batch-size", 4, "--precision", "fp32", "--repeats", 1]
-    digits = call("p1", "--weights", tiny_digit_weights, *flags, "--json", tmp_path / "p1.json")
+    digits = run(speed, "p1", "--weights", tiny_digit_weights, *flags, "--json", tmp_path / "p1.json")
     assert json.loads((tmp_path / "p1.json").read_text()) == digits
-    drawn = call("p2", "--weights", face_weights, *flags)
+    drawn = run(speed, "p2", "--weights", face_weights, *flags)
     assert max(difference["mean_square"] for difference in drawn["difference"].values()) < 0.1
     for figures in (digits, drawn):
         assert figures["times_ours"].keys() == {"ours", "diffusers", "plain"}
@@ -83,5 +80,5 @@ def test_every_figure_is_there(tiny_digit_weights, face_weights, tmp_path):
 
 @pytest.mark.parametrize("flags", [("--images", "0"), ("--loop-images", "11"), ("--size", "15")])
 def test_a_mistake_gives_one_line(face_weights, flags, refusal):
-    line = refusal(speed.main, speed.parse_arguments(["p2", "--weights", str(face_weights), *flags]))
+    line = refusal(speed.main, parse(speed, "p2", "--weights", face_weights, *flags))
     assert line.startswith(" ".join(flags))

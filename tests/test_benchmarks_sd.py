@@ -9,6 +9,7 @@ import torch
 from benchmarks import sd_full_size
 from common.cli import UserError
 from latent_diffusion.base import load_base
+from tests.programs import run
 from tests.stable_diffusion import KEYS, narrow
 
 NARROW = {kind: {name: narrow(name, shape) for name, shape in KEYS[kind].items()} for kind in KEYS}
@@ -44,8 +45,8 @@ def test_the_file_is_like_the_published_one_and_stays_finite(checkpoint):
 def test_every_run_is_measured(tmp_path, monkeypatch):
     (tmp_path / "keys.json").write_text(json.dumps(NARROW))
     monkeypatch.setattr(sd_full_size, "PUBLISHED", tmp_path / "keys.json")
-    flags = ["--size", "64", "--precision", "fp32", "--device", "cpu", "--json", str(tmp_path / "f.json")]
-    figures = sd_full_size.main(sd_full_size.parse_arguments([str(tmp_path / "sd-like.ckpt"), *flags]))
+    flags = ["--size", 64, "--precision", "fp32", "--device", "cpu", "--json", tmp_path / "f.json"]
+    figures = run(sd_full_size, tmp_path / "sd-like.ckpt", *flags)
     assert json.loads((tmp_path / "f.json").read_text()) == figures
     for name in ("training", "training_with_gradient_checkpointing"):
         step = figures[name]["step"]

@@ -8,7 +8,6 @@ import pytest
 
 from common import cli as module
 from common.cli import Parser, Progress, progress, run, say, silence
-from tests.toy_training import train
 
 
 class Terminal(io.StringIO):
@@ -96,17 +95,3 @@ def test_quiet_silences_progress_and_nothing_else(terminal, monkeypatch, capsys)
     told = capsys.readouterr()
     assert "figure 0\n" in told.out
     assert terminal or told.err == "figures: 3 figures\n"
-
-
-@pytest.mark.usefixtures("at_once")
-def test_a_log_of_a_training_run_gets_one_line_and_its_losses(tmp_path, capsys):
-    def drawn_meanwhile(model):
-        return sum(p.square().sum() for _ in progress("abc", "pictures", "step") for p in model.parameters())
-
-    train(tmp_path, steps=4, validate_every=2, validate=drawn_meanwhile)
-    told = capsys.readouterr()
-    assert [line.partition(",")[0] for line in told.err.splitlines()] == ["train: 4 steps"]
-    assert [line.partition(":")[0] for line in told.out.splitlines()] == ["step 2", "step 4"]
-    with silence():
-        train(tmp_path, steps=6, validate_every=2, validate=drawn_meanwhile)
-    assert capsys.readouterr() == ("", "")

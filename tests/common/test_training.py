@@ -209,21 +209,16 @@ def test_compiled_networks_save_the_same_keys(tmp_path, monkeypatch):
 
 
 def test_the_next_batch_is_drawn_in_a_thread_while_this_one_is_worked_on():
-    drawn, ready = {}, threading.Event()
+    threads = {}
 
     def draw(step):
-        drawn[step] = threading.current_thread()
-        if step == 6:
-            ready.set()
+        threads[step] = threading.current_thread()
         return {"x": torch.full((2,), step)}
 
     batches = DrawnAhead(draw, 41)
     assert batches(5)["x"].tolist() == [5, 5]
-    assert ready.wait(10)
-    assert drawn[5] is threading.main_thread() is not drawn[6]
-    before = drawn[6]
-    assert batches(6)["x"].tolist() == [6, 6]
-    assert drawn[6] is before
+    assert batches.waiting[6].result(10) is batches(6)
+    assert threads[5] is threading.main_thread() is not threads[6]
     assert batches(40)["x"].tolist() == [40, 40]  # a run that goes on elsewhere, up to its last step
     assert batches.waiting == {}
 

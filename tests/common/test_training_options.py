@@ -55,10 +55,3 @@ def test_the_rate_rises_stays_and_falls(decay):
 def test_no_warm_up_and_no_decay_leave_the_peak():
     options = TrainingOptions(steps=10, lr=3.0, warmup=0, decay_fraction=0.0)
     assert [learning_rate(options, step) for step in range(10)] == [3.0] * 10
-
-
-def test_only_large_models_may_be_offloaded(capsys):
-    assert parse("--offload", large=True).offload
-    with pytest.raises(SystemExit):
-        parse("--offload")
-    assert "--offload" in capsys.readouterr().err

@@ -81,12 +81,7 @@ class History(list):
 def leftovers() -> dict:
     inner = Config.Inner()
     inner.x = {pathlib.Path("x"): Grade.GOOD}
-    parts = (
-        argparse.Namespace(lr=1e-4, out=pathlib.Path("runs")),
-        datetime.datetime(2025, 1, 1),
-        np.float32(1),
-        np.ones(3),
-    )
+    parts = argparse.Namespace(lr=1e-4), datetime.datetime(2025, 1, 1), np.float32(1), np.ones(3)
     lists = History([1, 2]), collections.deque([1.0], maxlen=3), collections.defaultdict(list, a=[1])
     return {"parts": parts, "lists": lists, "hyper": Config(a=Config(b=1)), "inner": inner, "class": Grade, "loss": abs}
 

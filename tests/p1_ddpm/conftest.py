@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from common.data import LabelledImages
+from p1_ddpm.digits import DOMAINS
 from p1_ddpm.judge import judge_path, train_judge
 
 
@@ -35,16 +36,27 @@ def stripes():
     return striped(torch.arange(400) // 10 % 10, seed=0)
 
 
+def write_digits(root, sets):
+    """Write images by domain as the course's digits folder, and return it."""
+    for domain, images in sets.items():
+        for name, image in zip(images.names, images.images):
+            write_png(root / domain / "data" / name, image)
+        rows = [f"{name},{label}\n" for name, label in zip(images.names, images.labels.tolist())]
+        (root / domain / "train.csv").write_text("".join(["image_name,label\n", *rows]))
+    return root
+
+
 @pytest.fixture(scope="session")
 def striped_digits(stripes, tmp_path_factory):
-    """The stripes as the course's digits folder, the same in both domains."""
-    root = tmp_path_factory.mktemp("striped")
-    for name, image in zip(stripes.names, stripes.images):
-        write_png(root / "mnistm" / "data" / name, image)
-    rows = [f"{name},{label}" for name, label in zip(stripes.names, stripes.labels.tolist())]
-    (root / "mnistm" / "train.csv").write_text("\n".join(["image_name,label", *rows]) + "\n")
-    shutil.copytree(root / "mnistm", root / "svhn")
-    return root
+    """The stripes as a digits folder, the same in both domains."""
+    return write_digits(tmp_path_factory.mktemp("striped"), dict.fromkeys(DOMAINS, stripes))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A digits folder in small: 40 images of 8x8 in each domain."""
+    sets = {domain: striped(torch.arange(40) % 10, seed, size=8) for seed, domain in enumerate(DOMAINS)}
+    return write_digits(tmp_path_factory.mktemp("digits"), sets)
 
 
 @pytest.fixture(scope="session")

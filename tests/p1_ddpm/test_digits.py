@@ -36,6 +36,6 @@ def test_one_domain_is_enough_and_none_is_refused(digits, tmp_path):
 def test_labels_beyond_nine_are_refused(digits, tmp_path):
     (tmp_path / "svhn").mkdir()
     (tmp_path / "svhn" / "data").symlink_to(digits / "svhn" / "data")
-    (tmp_path / "svhn" / "train.csv").write_text("image_name,label\n00002.png,3\n00005.png,10\n")
+    (tmp_path / "svhn" / "train.csv").write_text("image_name,label\n00000.png,3\n00001.png,10\n")
     with pytest.raises(UserError, match=r"svhn/train.csv row 3: label '10': labels are 0 to 9"):
         read_digits(tmp_path)

@@ -118,15 +118,6 @@ def test_two_processes_train_as_one(digits, tmp_path):
     assert told == ["2 processes, 4 images each at a time", "step 6"]
     for line, other in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert line == pytest.approx(other, rel=1e-4)
-    torch.manual_seed(0)
-    config = load_about(tmp_path / "one" / "best.safetensors")["config"]
-    start = ContextUNet(ContextUNetConfig(**config)).state_dict()
-    alone, together = (
-        load_tensors(tmp_path / out / "state_00000006.safetensors", "model.")[0] for out in ("one", "two")
-    )
-    moved = sum((alone[name] - start[name]).square().sum() for name in start)
-    apart = sum((alone[name] - together[name]).square().sum() for name in start)
-    assert apart < 1e-5 * moved
 
 
 def test_any_csv_trains_and_augmentation_follows_the_data(digits, tmp_path):
