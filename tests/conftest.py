@@ -63,6 +63,7 @@ def refusal(capsys):
 
     def refused(main, args) -> str:
         capsys.readouterr()
+        args.quiet = True  # on a busy machine progress would print a line of its own
         with pytest.raises(SystemExit) as caught:
             run(main, args)
         assert caught.value.code == 2

@@ -1,7 +1,6 @@
 """The diffusion loss against its definition, and the training loop on a toy regression."""
 
 import functools
-import json
 import math
 import threading
 
@@ -13,7 +12,7 @@ from common.cli import UserError
 from common.schedule import PREDICTIONS, NoiseSchedule
 from common.training import DrawnAhead, diffusion_loss
 from tests.toy_training import make_batch, make_trainer, squared_error, train
-from tests.training import newest
+from tests.training import metrics, newest
 
 SCHEDULE = NoiseSchedule("cosine")
 
@@ -96,8 +95,7 @@ def test_what_is_measured_of_the_averaged_model_stands_beside_its_validation_los
 
     batch = make_batch(0, torch.Generator().manual_seed(1))
     trainer = train(tmp_path, steps=2, validate=lambda averaged: squared_error(averaged, batch), measure=measure)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    validated = [line for line in lines if "validation_loss" in line]
+    validated = [line for line in metrics(tmp_path) if "validation_loss" in line]
     assert [line["step"] for line in validated] == [1, 2]
     assert validated[-1]["size"] == measure(trainer.averaged)["size"] != validated[0]["size"]
     assert f"size {validated[-1]['size']:.4f}" in capsys.readouterr().out
@@ -126,9 +124,8 @@ def test_accumulated_pieces_make_the_whole_batch(tmp_path):
     assert pieces.model.passes == 4 * whole.model.passes
     for name, parameter in whole.state.trained.items():
         assert (parameter - pieces.state.trained[name]).abs().max() < 1e-6
-    metrics = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in "ab"]
-    for line, other in zip(*metrics):
-        assert json.loads(line)["loss"] == pytest.approx(json.loads(other)["loss"], abs=1e-6)
+    for line, other in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize(

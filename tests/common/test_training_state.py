@@ -83,12 +83,13 @@ def test_a_finished_run_is_not_trained_further(tmp_path):
 
 def test_other_runs_states_are_refused(tmp_path):
     train(tmp_path, steps=4)
-    with pytest.raises(UserError, match=r"state_00000004.safetensors: its config is not this run's"):
-        make_trainer(tmp_path, about={"kind": "Toy", "config": {"width": 1}})
-    with pytest.raises(UserError, match=r"its kind is not this run's"):
-        make_trainer(tmp_path, about={"kind": "Judge", "config": {"width": WIDTH}})
-    with pytest.raises(UserError, match=r"state_00000004.safetensors: is past --steps 3"):
-        make_trainer(tmp_path, steps=3)
+    for options, complaint in (
+        ({"about": {"kind": "Toy", "config": {"width": 1}}}, "its config is not this run's"),
+        ({"about": {"kind": "Judge", "config": {"width": WIDTH}}}, "its kind is not this run's"),
+        ({"steps": 3}, "is past --steps 3"),
+    ):
+        with pytest.raises(UserError, match=f"state_00000004.safetensors: {complaint}"):
+            make_trainer(tmp_path, **options)
     (tmp_path / "state_00000004.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"state_00000004.safetensors: is a text file"):
         make_trainer(tmp_path)

@@ -14,18 +14,9 @@ from torch.utils._pytree import tree_leaves
 from common.schedule import PREDICTIONS, NoiseSchedule
 from common.training import diffusion_loss
 from p1_ddpm.model import ContextUNet, ContextUNetConfig, ResidualBlock, timestep_embedding
+from tests.stable_diffusion import randomised
 
 SMALL = ContextUNetConfig(widths=(16, 32), blocks=(1, 2), embedding=24)
-
-
-def randomised(config=SMALL):
-    """A network whose zeroed layers are not zero, as after training."""
-    torch.manual_seed(0)
-    model = ContextUNet(config)
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 def inputs(count=3, size=28, channels=3):
@@ -43,7 +34,7 @@ def inputs(count=3, size=28, channels=3):
     ],
 )
 def test_every_size_by_config(config):
-    model = randomised(config)
+    model = randomised(ContextUNet(config), seed=0)
     assert model.null_label == config.num_labels
     for size in (config.stride, 7 * config.stride):
         xt, t, _ = inputs(size=size, channels=config.image_channels)
@@ -67,7 +58,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes, complaint):
 
 
 def test_time_and_context_change_the_output():
-    model = randomised()
+    model = randomised(ContextUNet(SMALL), seed=0)
     xt, t, labels = inputs(count=1)
     xt, t = xt.expand(21, -1, -1, -1), t.expand(21)
     by_label = model(xt, t, torch.arange(21))  # twenty classes and null

@@ -138,8 +138,6 @@ def test_a_batch_shares_both_domains_and_drops_labels(digits):
     assert counts[20] == pytest.approx(150, abs=40)
     assert counts[:10].sum().item() == pytest.approx(counts[10:20].sum().item(), abs=60)
     assert torch.equal(batch["t"].sort().values, torch.arange(1000))
-    assert batch["eps"].mean().abs() < 0.01
-    assert batch["eps"].std().item() == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize(

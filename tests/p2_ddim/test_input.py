@@ -86,10 +86,6 @@ def changed(change):
     return write
 
 
-def flags(*words):
-    return lambda noise, weights, tmp: {"flags": words}
-
-
 def same_name(noise, weights, tmp):
     save_file({"noise": torch.randn(3, 16, 16)}, noise / "02.safetensors")
 
@@ -121,14 +117,9 @@ MISTAKES = {
     "a list of weights": (bad_weights([1, 2]), ["UNet.pt: holds no named tensors"]),
     "no weights": (lambda noise, weights, tmp: {"weights": tmp / "UNet.pt"}, ["UNet.pt: no such"]),
     "out is a file": (lambda noise, weights, tmp: (tmp / "out").touch(), ["out: is a file"]),
-    "eta": (flags("--eta", "1.5"), ["--eta 1.5"]),
-    "steps": (flags("--steps", "0"), ["--steps 0"]),
-    "too many leading steps": (flags("--steps", "1000"), ["--steps 1000"]),
-    "batch size": (flags("--batch-size", "0"), ["--batch-size 0"]),
-    "batch size in words": (flags("--batch-size", "many"), ["--batch-size many"]),
-    "seed": (flags("--seed", "-1"), ["--seed -1"]),
-    "device": (flags("--device", "tpu"), ["--device tpu"]),
 }
+BAD = "--eta 1.5", "--steps 0", "--steps 1000", "--batch-size 0", "--batch-size many", "--seed -1", "--device tpu"
+MISTAKES |= {flags: (lambda *_, flags=flags: {"flags": flags.split()}, [flags]) for flags in BAD}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -1,7 +1,5 @@
 """Training on a folder of images: what a batch holds, what is held out, one run from start to resume."""
 
-import json
-
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +10,7 @@ from common.runtime import seeded_generator
 from p2_ddim import train
 from p2_ddim.train import draw_batch
 from tests.programs import parse
+from tests.training import metrics
 
 SMALL = "--patch-size 2 --widths 8 16 --attention 0 1 --image-size 16 --batch-size 4 --precision fp32"
 OFTEN = "--steps 4 --save-every 2 --validate-every 2 --sample-every 4 --log-every 1"
@@ -44,8 +43,7 @@ def test_about_half_of_a_batch_is_mirrored_and_its_timesteps_are_stratified(face
 def test_a_run_lowers_the_loss_and_leaves_weights_that_draw(arguments, noise_folder, tmp_path, draw_faces):
     often = "--validate-every 5 --save-every 40 --sample-every 40".split()
     path, folder = train.main(arguments(*often, *"--steps 40 --lr 1e-2 --warmup 1 --ema 0.5".split())), tmp_path / "run"
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    losses = [line["validation_loss"] for line in metrics(folder) if "validation_loss" in line]
     assert len(losses) == 8
     assert losses[-1] < 0.9 * losses[0]
     tensors, about = load_tensors(path)
