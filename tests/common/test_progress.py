@@ -70,13 +70,6 @@ def test_a_terminal_shows_bars(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("at_once")
-def test_only_the_first_process_speaks(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    work()
-    assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("terminal", [False, True])
 def test_quiet_silences_progress_and_nothing_else(terminal, monkeypatch, capsys):
     if terminal:

@@ -171,11 +171,6 @@ class TestBatches:
         assert self.sizes == [4, 4, 4, 2]
         assert "half precision overflows" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("to_fp32", [None, lambda: False])
-    def test_what_fp32_does_not_mend_is_a_line(self, to_fp32):
-        with pytest.raises(UserError, match="5: drawn in fp16 it is not finite; choose bf16 or fp32"):
-            self.draw(broken=[5.0], to_fp32=to_fp32)
-
 
 def test_noise_belongs_to_the_image():
     keys = [(7, 0, k) for k in range(5)]
