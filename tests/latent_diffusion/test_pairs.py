@@ -35,21 +35,14 @@ def pair(source, target="0.png"):
 
 
 def test_lines_keep_their_order_and_numbers(tmp_path):
-    path = table(
-        tmp_path, LINE, "", LINE | {"source": "source/1.png", "target": "a/1.png", "more": 3, "prompt": "π"}, " "
-    )
+    """With a byte order mark, carriage returns, blank lines, and line ends that JSON may hold."""
+    other = {"source": "source/1.png", "target": "a/1.png", "more": 3, "prompt": "π\u2028\u0085"}
+    lines = ["\ufeff", json.dumps(LINE), " ", json.dumps(other, ensure_ascii=False), ""]
+    (path := tmp_path / "prompt.json").write_bytes("\r\n".join(lines).encode())
     assert read_pairs(path) == [
-        Pair("0.png", "0.png", LINE["prompt"], f"{path} line 1"),
-        Pair("source/1.png", "a/1.png", "π", f"{path} line 3"),
+        Pair("0.png", "0.png", LINE["prompt"], f"{path} line 2"),
+        Pair("source/1.png", "a/1.png", "π\u2028\u0085", f"{path} line 4"),
     ]
-
-
-def test_byte_order_mark_carriage_returns_and_unicode_line_ends(tmp_path):
-    path = tmp_path / "prompt.json"
-    lines = [json.dumps(LINE | {"prompt": f"{i}\u2028\u0085"}, ensure_ascii=False) for i in range(2)]
-    path.write_bytes(("\ufeff\r\n" + "\r\n".join(lines) + "\r\n").encode())
-    pairs = read_pairs(path)
-    assert [(p.prompt, p.where) for p in pairs] == [(f"{i}\u2028\u0085", f"{path} line {i + 2}") for i in range(2)]
 
 
 def without(name):

@@ -1,28 +1,25 @@
-"""The report's figures, drawn with a small model."""
+"""The report's figures, and hints of every kind with the program that judges what is drawn after them."""
+
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from common.cli import UserError
-from p3_controlnet import figures, fill50k
+from common.data import read_image
+from latent_diffusion.miniature.regions import circle_regions, hint_regions, intersection_over_union
+from latent_diffusion.miniature.scenes import distances, draw_hint, random_scenes
+from p3_controlnet import figures, robustness
 
 CELL = 64 + 2
 
 
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("examples")
-    flags = ["--count", "9", "--size", "64", "--circles", "1", "--report"]
-    fill50k.main(fill50k.parse_arguments([str(folder), *flags]))
-    return folder
-
-
 @pytest.fixture
-def draw(examples, pipeline_folder, controlnet_folder, tmp_path):
+def draw(pipeline_folder, controlnet_folder, tmp_path):
     def run(*flags):
         arguments = ["--out", tmp_path / "out", "--base", pipeline_folder, "--controlnet", controlnet_folder]
-        arguments += ["--single", "/absent", "--examples", examples, "--steps", "2", *flags]
+        arguments += ["--single", "/absent", "--steps", "2", *flags]
         files = figures.main(figures.parse_arguments([str(argument) for argument in arguments]))
         return {path.name: Image.open(path) for path in files}
 
@@ -47,3 +44,40 @@ def test_examples_without_two_circles_are_one_clear_line(draw, circles, tmp_path
     with pytest.raises(UserError, match=r"prompt.json: no line has the source source/two.png"):
         draw("--only", "two", "--examples", circles)
     assert not (tmp_path / "out").exists()
+
+
+SCENES = list(random_scenes(3, 512, 3, (1, 2), True))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in robustness.KINDS if kind not in ("inverted", "squeezed", "broken")])
+def test_a_hint_shows_the_scene(kind):
+    for k, scene in enumerate(SCENES):
+        hint = robustness.make_hint(scene, k, kind)
+        assert (hint.dtype, hint.shape) == (np.uint8, (512, 512, 3))
+        if kind == "filled":
+            regions = [hint[..., 0] > 0]
+        else:
+            regions = [np.logical_or.reduce(circle_regions(hint_regions(hint))[0])]
+        truth = np.logical_or.reduce([distances(circle, 512) < circle.radius for circle in scene.circles])
+        assert intersection_over_union(regions[0], truth) > 0.97
+
+
+def test_other_files_are_read_so(tmp_path):
+    scene = SCENES[0]
+    plain = draw_hint(scene, 512)
+    assert np.array_equal(robustness.make_hint(scene, 0, "inverted"), 255 - plain)
+    Image.fromarray(plain[64:-64]).save(tmp_path / "0.png")
+    difference = robustness.make_hint(scene, 0, "squeezed").astype(int) - read_image(tmp_path / "0.png", 512)
+    assert np.abs(difference).max() == 0
+
+
+def test_the_program_judges_every_kind(pipeline_folder, controlnet_folder, tmp_path, capsys):
+    flags = "--base", pipeline_folder, "--controlnet", controlnet_folder, "--steps", 1, "--count", 1
+    flags = *flags, "--kinds", "2px", "squeezed", "--json", tmp_path / "figures.json"
+    figures = robustness.main(robustness.parse_arguments([str(flag) for flag in flags]))
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    assert list(figures) == ["2px", "squeezed"]
+    for kind in figures.values():
+        assert kind["count"] == 1
+        assert all(0 <= kind[circles][key] <= 1 for circles in ("one", "two") for key in kind["one"])
+    assert "squeezed" in capsys.readouterr().out

@@ -1,12 +1,10 @@
 """The folder that fill50k.py writes, and the shipped examples, which it made."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from latent_diffusion.miniature.scenes import draw_hint, draw_target, held_out, random_scenes, read_prompt
+from latent_diffusion.miniature.scenes import held_out, read_prompt
 from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet import fill50k
 from p3_controlnet.sample import EXAMPLES
@@ -14,22 +12,6 @@ from p3_controlnet.sample import EXAMPLES
 
 def make(out, *flags):
     return fill50k.main(fill50k.parse_arguments([str(out), *flags]))
-
-
-def test_the_folder_has_the_courses_layout(tmp_path):
-    table = make(tmp_path / "data", "--count", "12", "--size", "32", "--seed", "5")
-    assert table == tmp_path / "data" / "prompt.json"
-    lines = [json.loads(line) for line in table.read_text().splitlines()]
-    scenes = list(random_scenes(12, 32, 5, (1, 2), False))
-    assert lines == [
-        {"source": f"source/{k}.png", "target": f"target/{k}.png", "prompt": drawn.prompt}
-        for k, drawn in enumerate(scenes)
-    ]
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["prompt.json", "source", "target"]
-    pairs = read_pairs(table)
-    for field, draw in (("source", draw_hint), ("target", draw_target)):
-        images = read_hints(pairs, tmp_path / "data", 32, field=field).permute(0, 2, 3, 1).numpy()
-        np.testing.assert_array_equal(images, [draw(drawn, 32) for drawn in scenes])
 
 
 def test_lines_of_one_width_and_rough_ones(tmp_path):
@@ -43,16 +25,6 @@ def test_lines_of_one_width_and_rough_ones(tmp_path):
     assert hints["broken"].sum() < hints["plain"].sum()
     for target in (tmp_path / "plain" / "target").iterdir():
         assert target.read_bytes() == (tmp_path / "broken" / "target" / target.name).read_bytes()
-
-
-@pytest.mark.parametrize("circles", [1, 2])
-def test_held_out_scenes_of_one_kind(circles, tmp_path):
-    table = make(tmp_path, "--count", "10", "--size", "32", "--circles", str(circles), "--held-out")
-    prompts = [json.loads(line)["prompt"] for line in table.read_text().splitlines()]
-    assert prompts == [drawn.prompt for drawn in random_scenes(10, 32, 0, (circles,), True)]
-    parts = [read_prompt(prompt) for prompt in prompts]
-    assert all(held_out(name, background) for names, background in parts for name in names)
-    assert max(len(names) for names, _ in parts) == circles
 
 
 def test_shipped_examples_are_what_it_makes(tmp_path):

@@ -1,8 +1,9 @@
-"""Sampling against diffusers' `StableDiffusionControlNetPipeline`, and the files that a grader reads."""
+"""Sampling against diffusers' `StableDiffusionControlNetPipeline`, the files that a grader reads, and bad input."""
 
 import json
 import shutil
 import zlib
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,21 +15,30 @@ from common.sampling import ImageNoise
 from latent_diffusion.base import load_base
 from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet import sample
-from p3_controlnet.model import ControlNet
+from p3_controlnet.model import ControlNet, ControlNetConfig
 from p3_controlnet.sampler import HintOptions, HintSampler
 
 
 @pytest.fixture
-def draw(pipeline_folder, controlnet_folder, hint_folder, tmp_path):
-    """A function that runs sample.py for three steps in fp32 and returns the pixels it wrote, by file name."""
+def arguments(pipeline_folder, controlnet_folder, hint_folder, tmp_path):
+    """A function that makes sample.py's arguments for three steps in fp32, with further flags, perhaps wrong ones."""
 
-    def run(*flags, out="out", table="prompt.json") -> dict[str, np.ndarray]:
-        arguments = [hint_folder / table, hint_folder / "source", tmp_path / out, pipeline_folder]
-        arguments += ["--controlnet", controlnet_folder, "--steps", 3, "--precision", "fp32", *flags]
-        files = sample.main(sample.parse_arguments([str(argument) for argument in arguments]))
-        written = sorted(path for path in (tmp_path / out).rglob("*") if path.is_file())
-        assert written == sorted(files)
-        return {str(path.relative_to(tmp_path / out)): np.asarray(Image.open(path)) for path in files}
+    def make(*flags, out="out", table="prompt.json", base=pipeline_folder, controlnet=controlnet_folder):
+        places = [hint_folder / table, hint_folder / "source", tmp_path / out, base, "--controlnet", controlnet]
+        return sample.parse_arguments([str(flag) for flag in [*places, "--steps", 3, "--precision", "fp32", *flags]])
+
+    return make
+
+
+@pytest.fixture
+def draw(arguments):
+    """A function that runs sample.py and returns the pixels it wrote, by file name."""
+
+    def run(*flags, **places) -> dict[str, np.ndarray]:
+        out = (args := arguments(*flags, **places)).out
+        files = sample.main(args)
+        assert sorted(path for path in out.rglob("*") if path.is_file()) == sorted(files)
+        return {str(path.relative_to(out)): np.asarray(Image.open(path)) for path in files}
 
     return run
 
@@ -153,3 +163,78 @@ def test_without_arguments_it_draws_what_comes_with_the_project(
     files = sample.main(sample.parse_arguments(["--steps", "1"]))
     assert files == [tmp_path / "out" / f"{k}.png" for k in range(5)]
     assert all(Image.open(path).size == (64, 64) for path in files)
+
+
+@pytest.fixture
+def refused(arguments, refusal, tmp_path):
+    """A function that runs sample.py, which must say these parts on one line and write nothing."""
+
+    def check(*parts, flags=(), **changes):
+        line, out = refusal(sample.main, arguments(*flags, **changes)), tmp_path / "out"
+        assert not [part for part in parts if part not in line]
+        assert not out.is_dir() or not list(out.iterdir())
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("{", ["line 3", "not JSON"]),
+        ('{"source": "1.png", "target": "0.png", "prompt": ""}', ["line 3", "line 1", "0.png"]),
+        ('{"source": "broken.png", "target": "9.png", "prompt": ""}', ["line 3", "broken.png"]),
+    ],
+)
+def test_one_bad_line_stops_everything_unless_told_to_go_on(draw, refused, hint_folder, capsys, line, parts):
+    (hint_folder / "source" / "broken.png").write_bytes(b"no image")
+    good = (hint_folder / "prompt.json").read_text().splitlines()
+    (hint_folder / "bad.json").write_text("\n".join([*good[:2], line, *good[2:]]))
+    refused("bad.json", *parts, table="bad.json")
+    skipping = draw("--keep-going", table="bad.json")
+    (told,) = capsys.readouterr().err.splitlines()
+    assert not [part for part in parts if part not in told]
+    whole = draw()
+    assert list(skipping) == list(whole)
+    assert all(np.array_equal(skipping[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--steps", "1001"], "--steps 1001: "),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--guidance-scale", "nan"], "--guidance-scale nan: must be at least 0"),
+        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--size", "60"], "--size 60: must be divisible by 8"),
+        (["--size", "0"], "--size 0"),
+        (["--patch-size", "12"], "--patch-size 12"),
+        (["--patch-stride", "0"], "--patch-stride 0"),
+        (["--patch-size", "32", "--patch-stride", "40"], "--patch-stride 40"),
+        (["--control-scale", "1", "2"], "--control-scale: 2 numbers for 1"),
+        (["--control-scale", "inf"], "--control-scale inf"),
+        (["--control-scales", "1", "2"], "--control-scales: 2 numbers; this ControlNet has 7"),
+    ],
+)
+def test_flags_out_of_range(refused, flags, complaint):
+    refused(complaint, flags=flags)
+
+
+def test_bad_weights(refused, tmp_path, unet, controlnet, pipeline_folder):
+    refused("nowhere", controlnet=tmp_path / "nowhere")
+    refused("has no config.json, but", "name a whole folder in diffusers' layout", controlnet=pipeline_folder)
+    ControlNet.from_unet(unet, (4, 4, 4, 4, 4)).save(tmp_path / "coarser", {})
+    refused("coarser", "16 pixels a latent, the base has 8", controlnet=tmp_path / "coarser")
+    ControlNet(ControlNetConfig(**asdict(controlnet.config) | {"cross_attention_dim": 24})).save(tmp_path / "other", {})
+    refused("other", "cross_attention_dim 24, not 16", controlnet=tmp_path / "other")
+
+
+def test_places_that_cannot_be_read_or_written(refused, hint_folder, full_disk, tmp_path):
+    (hint_folder / "empty.json").write_text("\n \n")
+    refused("empty.json: is empty", table="empty.json")
+    with full_disk(1000):
+        refused(str(tmp_path / "out"))
+    (tmp_path / "out").rmdir()
+    (tmp_path / "out").write_text("in the way")
+    refused(f"{tmp_path / 'out'}: is a file")
+    assert (tmp_path / "out").read_text() == "in the way"

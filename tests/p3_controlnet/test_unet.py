@@ -1,4 +1,4 @@
-"""The controlled U-Net against diffusers', and what a training step keeps and touches."""
+"""The controlled U-Net against diffusers', what a training step keeps and touches, and the U-Net in patches."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from diffusers import ControlNetModel
 
 from common.schedule import NoiseSchedule
 from common.training import diffusion_loss
-from p3_controlnet.unet import ControlledUNet, checkpoint_gradients
+from p3_controlnet.unet import ControlledUNet, checkpoint_gradients, in_patches
 
 
 @torch.no_grad()
@@ -86,3 +86,39 @@ def test_checkpointing_changes_what_is_kept_and_not_the_gradients(unet, controln
     assert kept() < 0.4 * whole
     for name, parameter in controlnet.named_parameters():
         assert (parameter.grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+
+
+def pointwise(xt, t, features, context):
+    """A network in which no position sees another, so that patches must not matter."""
+    return xt.sin() * t[:, None, None, None] + features[:, 0] * context[:, :1, None, None]
+
+
+@pytest.mark.parametrize("stride", [1, 5, 8])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (19, 8), (24, 21), (5, 30)])
+def test_a_pointwise_network_gives_what_it_gives_without_patches(height, width, stride):
+    """Which holds only if the patches are cut alike, laid back in place, and weighed so that they sum to one."""
+    xt, t, features = torch.randn(2, 4, height, width), torch.tensor([3, 5]), torch.randn(2, 1, 4, height, width)
+    condition = {"features": features, "context": torch.tensor([[2.0, 3.0], [4.0, 5.0]])}
+    ours = in_patches(pointwise, patch=8, stride=stride, cut=("features",))(xt, t, **condition)
+    assert (ours - pointwise(xt, t, **condition)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch", [8, 12])
+def test_one_patch_is_the_plain_call(unet, controlnet, batch, patch):
+    network = ControlledUNet(unet, [controlnet])
+    features = network.encode_hint(batch["hint"])
+    plain = network(batch["xt"], batch["t"], batch["context"], features=features)
+    patched = in_patches(network, patch, stride=4, cut=("features",))
+    assert torch.equal(patched(batch["xt"], batch["t"], context=batch["context"], features=features), plain)
+
+
+def test_no_seams():
+    """Each patch answers with a level of its own; from one to the next it changes gradually."""
+    levels = iter([0.0, 1.0])
+    patched = in_patches(lambda xt, t: torch.full_like(xt, next(levels)), 16, 8, cut=())
+    result = patched(torch.zeros(1, 1, 16, 24), torch.zeros(1))[0, 0, 0]
+    assert result[:8].eq(0).all()
+    assert result[16:].eq(1).all()
+    assert (result.diff() >= 0).all()
+    assert result.diff().max() < 0.25

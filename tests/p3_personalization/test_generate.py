@@ -9,7 +9,6 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from common.cli import UserError
 from common.sampling import ImageNoise
 from p3_personalization import generate
 from p3_personalization.generate import read_table
@@ -57,11 +56,9 @@ def changed(**fields):
         (None, ": no such file; write it as in"),
     ],
 )
-def test_bad_tables_are_refused(table, text, words):
+def test_bad_tables_are_refused(table, refusal, text, words):
     table.unlink() if text is None else table.write_text(text)
-    with pytest.raises(UserError) as caught:
-        read_table(table)
-    assert str(caught.value).startswith(f"{table}{words}")
+    assert refusal(read_table, table).startswith(f"{table}{words}")
 
 
 @pytest.fixture
@@ -99,11 +96,16 @@ def test_the_grader_s_layout(drawn, tmp_path):
             assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
 
 
-def test_pictures_are_those_of_diffusers_with_the_same_words(drawn, table, words_file, pipeline_folder):
-    images = drawn("--sampler", "ddim", "--guidance-scale", 3, "--count", 2, "--seed", 5)
+@pytest.mark.parametrize(("spacing", "final_alpha"), [("trailing", "one"), ("leading", "first")])
+def test_pictures_are_those_of_diffusers_with_the_same_words(
+    drawn, table, words_file, pipeline_folder, spacing, final_alpha
+):
+    flags = "--sampler", "ddim", "--timestep-spacing", spacing, "--final-alpha", final_alpha
+    images = drawn(*flags, "--guidance-scale", 3, "--count", 2, "--seed", 5)
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    ours = {"timestep_spacing": spacing, "set_alpha_to_one": final_alpha == "one"}
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **ours)
     pipeline.load_textual_inversion([{token: rows} for token, rows in load_file(words_file).items()])
     for number, concept in json.loads(table.read_text()).items():
         for p, prompt in enumerate(concept["prompt"]):
@@ -143,17 +145,12 @@ def test_other_files_in_the_way_are_refused_or_removed(drawn, arguments, tmp_pat
     [
         (["--count", 0], "--count 0: must be at least 1"),
         (["--custom", "absent.safetensors"], "absent.safetensors: no such weights file"),
+        ([], "{table} concept '0': prompt 'a <new3> circle': <new3> is no learned word"),
     ],
 )
-def test_bad_flags_are_one_clear_line(arguments, tmp_path, refusal, flags, words):
-    assert words in refusal(generate.main, arguments(*flags))
-    assert not (tmp_path / "out").exists()
-
-
-def test_prompts_and_words_must_go_together(arguments, table, tmp_path, refusal):
+def test_what_cannot_be_drawn_is_one_clear_line(arguments, table, tmp_path, refusal, flags, words):
     table.write_text(json.dumps({"0": {"token_name": "<new3>", "prompt": ["a <new3> circle"]}}))
-    error = refusal(generate.main, arguments())
-    assert error.startswith(f"{table} concept '0': prompt 'a <new3> circle': <new3> is no learned word")
+    assert refusal(generate.main, arguments(*flags)).startswith(words.format(table=table))
     assert not (tmp_path / "out").exists()
 
 

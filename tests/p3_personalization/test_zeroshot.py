@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from latent_diffusion import clip
 from latent_diffusion.clip import Clip
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
 from latent_diffusion.miniature.scenes import held_out, random_scenes
@@ -19,9 +20,10 @@ TEMPLATES = ["{} circle", "a {}", "{} and {}"]
 
 @pytest.mark.parametrize("combine", ["mean", "best"])
 def test_scores_are_those_of_transformers_calls(clip_folder, clip_vectors, combine, monkeypatch):
-    monkeypatch.setattr(zeroshot, "PICTURES_AT_ONCE", 2)
+    for module, name in ((zeroshot, "PICTURES_AT_ONCE"), (clip, "BATCH"), (clip, "TEXTS")):
+        monkeypatch.setattr(module, name, 4 if module is zeroshot else 3)
     random = np.random.default_rng(0)
-    pictures = [random.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(5)]
+    pictures = [random.integers(0, 256, (40 + 20 * k, 64, 3), dtype=np.uint8) for k in range(5)]
     data = ZeroShotData(["red", "sky blue", "gold"], torch.zeros(5, dtype=torch.int64), pictures.__getitem__)
     scores = zeroshot.class_scores(Clip(clip_folder), data, TEMPLATES, combine)
     of_image, of_text = clip_vectors
@@ -49,12 +51,6 @@ def test_accuracies_count_what_was_named():
     assert zeroshot.accuracies(scores, torch.tensor([0, 0, 1, 1, 4])) == {
         "pictures": 5, "classes": 7, "top1": 2 / 5, "top5": 4 / 5, "confusion": confusion.tolist(),
     }  # fmt: skip
-
-
-def test_examples_shown_are_of_different_classes_while_there_are_some():
-    labels = torch.tensor([3, 3, 1, 1, 2, 3, 0, 0])
-    assert zeroshot.choose_examples(torch.tensor([0, 1, 1, 1, 1, 1, 1, 1]).bool(), labels) == [1, 2, 3, 4, 6]
-    assert zeroshot.choose_examples(torch.zeros(8).bool(), labels) == []
 
 
 def test_distinct_colours_are_the_most_unlike():

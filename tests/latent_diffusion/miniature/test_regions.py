@@ -123,8 +123,8 @@ def test_lines_of_any_width_without_anti_aliasing(width):
     line = np.abs(distances(circle, size) - circle.radius) <= width / 2
     hint = np.repeat((line * 255).astype(np.uint8)[..., None], 3, axis=2)
     discs, _ = circle_regions(hint_regions(hint))
-    assert len(discs) == 1
-    assert intersection_over_union(discs[0], inside(circle, size)) >= 0.97
+    (found,) = discs
+    assert intersection_over_union(found, inside(circle, size)) >= 0.97
 
 
 def test_double_lines_of_an_edge_detector_make_one_disc():
@@ -132,15 +132,6 @@ def test_double_lines_of_an_edge_detector_make_one_disc():
     discs, background = circle_regions(hint_regions(np.maximum(one, two)))
     assert len(discs) == 1
     assert not (discs[0] & background).any()
-
-
-def test_discs_go_from_left_to_right_and_may_leave_the_picture():
-    scene = Scene((Circle(100, 30, 20, "red"), Circle(10, 90, 25, "tan")), "navy")
-    discs, background = circle_regions(hint_regions(draw_hint(scene, 128)))
-    assert [np.nonzero(region)[1].mean() < 64 for region in discs] == [True, False]
-    for region, circle in zip(discs, reversed(scene.circles)):
-        assert intersection_over_union(region, inside(circle, 128)) >= 0.97
-    assert background[64, 64]
 
 
 @pytest.mark.parametrize("light", [0, 255])
@@ -173,10 +164,8 @@ def test_colours_are_measured_away_from_the_rim():
 def test_discs_are_found_where_they_were_drawn(make, least):
     found = find_discs(make(draw_discs((RIGHT, "gold"), (LEFT, "wine"))))
     assert len(found) == 2
-    for region, (x, y, radius) in zip(found, (LEFT, RIGHT)):
-        true = distances(Circle(x, y, radius, ""), 128) < radius
-        assert (region & true).sum() / (region | true).sum() > least
-    assert found[0].sum() > found[1].sum()
+    for region, place in zip(found, (LEFT, RIGHT)):
+        assert intersection_over_union(region, inside(Circle(*place, ""), 128)) > least
 
 
 def test_an_even_picture_has_no_disc():
@@ -223,11 +212,6 @@ def test_one_disc_does_not_pass_for_two_concepts_that_are_alike():
     assert 0 < from_to(WINE, alike) < 5
     assert shows_colours(draw_discs((LEFT, "wine")), [WINE, alike]) == [True, False]
     assert shows_colours(draw_discs((LEFT, "wine")), [alike]) == [True]
-
-
-def test_a_disc_too_small_is_not_seen():
-    assert shows_colours(draw_discs(((60.0, 60.0, 9.0), "wine")), [WINE]) == [True]
-    assert shows_colours(draw_discs(((60.0, 60.0, 6.0), "wine")), [WINE]) == [False]
 
 
 def test_a_concept_s_colour_is_that_of_its_pictures():

@@ -1,17 +1,25 @@
-"""Ablations of problem 3 end to end with a tiny base: what is changed, how it is measured, and runs kept."""
+"""Benchmarks of problem 3 with a tiny base: the speed program's peer, and ablations end to end."""
 
 from dataclasses import replace
 
 import pytest
 
-from benchmarks import ablations, ablations_p3
+from benchmarks import ablations, ablations_p3, speed
 from common.cli import UserError
 from common.training import Trainer
 from p3_controlnet import watch
 from p3_personalization import custom_diffusion
 
 
-@pytest.fixture(autouse=True)
+def test_diffusers_pipeline_draws_our_pictures(pipeline_folder, controlnet_folder, circles):
+    flags = ["--images", 4, "--steps", 2, "--batch-size", 2, "--precision", "fp32", "--repeats", 1]
+    weights = ["--base", pipeline_folder, "--controlnet", controlnet_folder, "--examples", circles]
+    figures = speed.main(speed.parse_arguments([str(argument) for argument in ("p3", *weights, *flags)]))
+    assert figures["difference"]["diffusers"]["mean"] <= 0.1
+    assert figures["times_ours"].keys() == {"ours", "diffusers"}
+
+
+@pytest.fixture
 def few(monkeypatch, pipeline_folder):
     monkeypatch.setitem(ablations_p3.CONTROLNET, "watched", 2)
     monkeypatch.setitem(ablations_p3.CONTROLNET, "validated", 4)
@@ -25,7 +33,7 @@ def few(monkeypatch, pipeline_folder):
 
 
 @pytest.fixture
-def measure(pipeline_folder, tmp_path):
+def measure(few, pipeline_folder, tmp_path):
     def measure(name, *more):
         flags = ["--base", pipeline_folder, "--out", tmp_path / "runs", *more]
         return ablations.main(ablations.parse_arguments([str(argument) for argument in (name, *flags)]))["rows"]
