@@ -11,6 +11,7 @@ from PIL import Image
 
 from p3_controlnet import fill50k
 from p3_controlnet.model import ControlNet
+from tests.programs import run
 from tests.stable_diffusion import HINT_CHANNELS, make_unet, randomised
 
 
@@ -64,6 +65,4 @@ def hint_folder(tmp_path) -> Path:
 def circles(tmp_path_factory) -> Path:
     """Pictures of 64x64 with one circle or two, of lines that so few pixels can show; four of them are held out."""
     folder = tmp_path_factory.mktemp("circles") / "data"
-    flags = "--count", "44", "--size", "64", "--line-width", "16"
-    fill50k.main(fill50k.parse_arguments([str(folder), *flags]))
-    return folder
+    return run(fill50k, folder, "--count", "44", "--size", "64", "--line-width", "16").parent

@@ -9,12 +9,13 @@ from common.cli import UserError
 from common.training import Trainer
 from p3_controlnet import watch
 from p3_personalization import custom_diffusion
+from tests.programs import run
 
 
 def test_diffusers_pipeline_draws_our_pictures(pipeline_folder, controlnet_folder, circles):
     flags = ["--images", 4, "--steps", 2, "--batch-size", 2, "--precision", "fp32", "--repeats", 1]
     weights = ["--base", pipeline_folder, "--controlnet", controlnet_folder, "--examples", circles]
-    figures = speed.main(speed.parse_arguments([str(argument) for argument in ("p3", *weights, *flags)]))
+    figures = run(speed, "p3", *weights, *flags)
     assert figures["difference"]["diffusers"]["mean"] <= 0.1
     assert figures["times_ours"].keys() == {"ours", "diffusers"}
 
@@ -35,8 +36,7 @@ def few(monkeypatch, pipeline_folder):
 @pytest.fixture
 def measure(few, pipeline_folder, tmp_path):
     def measure(name, *more):
-        flags = ["--base", pipeline_folder, "--out", tmp_path / "runs", *more]
-        return ablations.main(ablations.parse_arguments([str(argument) for argument in (name, *flags)]))["rows"]
+        return run(ablations, name, "--base", pipeline_folder, "--out", tmp_path / "runs", *more)["rows"]
 
     return measure
 

@@ -13,6 +13,7 @@ from latent_diffusion.clip import Clip
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_hint, draw_target
 from p3_controlnet import evaluate
+from tests.programs import parse, run
 
 SIZE = 96
 
@@ -106,12 +107,8 @@ def drawn(circles, tmp_path):
     return table, circles, out
 
 
-def run(*arguments):
-    return evaluate.main(evaluate.parse_arguments([str(argument) for argument in arguments]))
-
-
 def test_the_script_judges_a_folder(drawn, clip_folder, tmp_path, monkeypatch, capsys):
-    result = run(*drawn, "--clip", clip_folder, "--json", tmp_path / "figures.json")
+    result = run(evaluate, *drawn, "--clip", clip_folder, "--json", tmp_path / "figures.json")
     assert json.loads((tmp_path / "figures.json").read_text()) == result
     figures = result["summary"]
     assert figures["images"] == 6
@@ -127,24 +124,24 @@ def test_the_script_judges_a_folder(drawn, clip_folder, tmp_path, monkeypatch, c
     assert (result["cut"], result["whole"]["images"]) == (evaluate.summarise(cut), 6 - len(cut))
     assert f"{figures['score_best']:.4f}" in capsys.readouterr().out
     monkeypatch.setattr(miniature, "CLIP", tmp_path / "absent")
-    assert "score_all" not in run(*drawn)["summary"]
+    assert "score_all" not in run(evaluate, *drawn)["summary"]
 
 
 def test_a_missing_picture_is_named_or_left_out(drawn, refusal, tmp_path, capsys):
     table, _, out = drawn
     (out / "target" / "3.png").unlink()
-    args = evaluate.parse_arguments([str(path) for path in (*drawn, "--json", tmp_path / "f.json")])
+    args = parse(evaluate, *drawn, "--json", tmp_path / "f.json")
     complaint = f"{table} line 4: {out / 'target' / '3.png'}: no such image"
     assert refusal(evaluate.main, args).startswith(complaint)
     assert not (tmp_path / "f.json").exists()
-    assert run(*drawn, "--keep-going")["summary"]["images"] == 5
+    assert run(evaluate, *drawn, "--keep-going")["summary"]["images"] == 5
     assert f"skipped: {complaint}" in capsys.readouterr().err
 
 
 def test_bad_folders_are_refused_before_anything_is_judged(drawn, tmp_path, capsys):
     with pytest.raises(UserError, match="no such folder"):
-        run(*drawn, "--clip", tmp_path / "absent")
+        run(evaluate, *drawn, "--clip", tmp_path / "absent")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        run(*drawn, "--json", tmp_path / "file" / "figures.json")
+        run(evaluate, *drawn, "--json", tmp_path / "file" / "figures.json")
     assert capsys.readouterr().out == ""

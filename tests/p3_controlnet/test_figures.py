@@ -11,19 +11,19 @@ from common.data import read_image
 from latent_diffusion.miniature.regions import circle_regions, hint_regions, intersection_over_union
 from latent_diffusion.miniature.scenes import distances, draw_hint, random_scenes
 from p3_controlnet import figures, robustness
+from tests.programs import run
 
 CELL = 64 + 2
 
 
 @pytest.fixture
 def draw(pipeline_folder, controlnet_folder, tmp_path):
-    def run(*flags):
+    def drawn(*flags):
         arguments = ["--out", tmp_path / "out", "--base", pipeline_folder, "--controlnet", controlnet_folder]
-        arguments += ["--single", "/absent", "--steps", "2", *flags]
-        files = figures.main(figures.parse_arguments([str(argument) for argument in arguments]))
-        return {path.name: Image.open(path) for path in files}
+        arguments += ["--single", "/absent", "--steps", "2"]
+        return {path.name: Image.open(path) for path in run(figures, *arguments, *flags)}
 
-    return run
+    return drawn
 
 
 def test_figures_have_their_rows_and_columns(draw, controlnet_folder):
@@ -74,7 +74,7 @@ def test_other_files_are_read_so(tmp_path):
 def test_the_program_judges_every_kind(pipeline_folder, controlnet_folder, tmp_path, capsys):
     flags = "--base", pipeline_folder, "--controlnet", controlnet_folder, "--steps", 1, "--count", 1
     flags = *flags, "--kinds", "2px", "squeezed", "--json", tmp_path / "figures.json"
-    figures = robustness.main(robustness.parse_arguments([str(flag) for flag in flags]))
+    figures = run(robustness, *flags)
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
     assert list(figures) == ["2px", "squeezed"]
     for kind in figures.values():

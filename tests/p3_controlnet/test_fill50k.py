@@ -2,23 +2,19 @@
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from latent_diffusion.miniature.scenes import held_out, read_prompt
 from latent_diffusion.pairs import read_hints, read_pairs
 from p3_controlnet import fill50k
 from p3_controlnet.sample import EXAMPLES
-
-
-def make(out, *flags):
-    return fill50k.main(fill50k.parse_arguments([str(out), *flags]))
+from tests.programs import parse, read, run
 
 
 def test_lines_of_one_width_and_rough_ones(tmp_path):
     flags = "--count", "6", "--size", "64"
     hints = {}
     for name, more in {"plain": (), "wide": ("--line-width", "12"), "broken": ("--rough", "broken")}.items():
-        table = make(tmp_path / name, *flags, *more)
+        table = run(fill50k, tmp_path / name, *flags, *more)
         hints[name] = read_hints(read_pairs(table), tmp_path / name, 64).int()
     assert table.read_text() == (tmp_path / "plain" / "prompt.json").read_text()
     assert (hints["wide"].sum(dim=(1, 2, 3)) > 1.3 * hints["plain"].sum(dim=(1, 2, 3))).all()
@@ -30,13 +26,12 @@ def test_lines_of_one_width_and_rough_ones(tmp_path):
 def test_shipped_examples_are_what_it_makes(tmp_path):
     """Single circles of held-out colours, and one hint of two circles with two prompts."""
     (flags,) = (line for line in fill50k.__doc__.splitlines() if "--report" in line)
-    make(tmp_path, *flags.partition("#")[0].split()[3:])
+    run(fill50k, tmp_path, *flags.partition("#")[0].split()[3:])
     files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*") if path.is_file())
     for file in files:
         if file.suffix == ".png":
-            new, old = (np.asarray(Image.open(folder / file)).astype(int) for folder in (tmp_path, EXAMPLES))
-            assert np.abs(new - old).max() <= 1, file
+            assert np.abs(read(tmp_path / file) - read(EXAMPLES / file)).max() <= 1, file
     assert (tmp_path / "prompt.json").read_text() == (EXAMPLES / "prompt.json").read_text()
     *singles, gray, colours = read_pairs(EXAMPLES / "prompt.json", distinct_targets=True)
     assert len(singles) == 20
@@ -47,6 +42,6 @@ def test_shipped_examples_are_what_it_makes(tmp_path):
 
 @pytest.mark.parametrize("flags", [["--count", "0"], ["--size", "31"], ["--seed", "-1"], ["--line-width", "0"]])
 def test_bad_arguments_leave_nothing_behind(flags, tmp_path, refusal):
-    line = refusal(fill50k.main, fill50k.parse_arguments([str(tmp_path / "out"), "--count", "2", *flags]))
+    line = refusal(fill50k.main, parse(fill50k, tmp_path / "out", "--count", "2", *flags))
     assert flags[1] in line
     assert not list(tmp_path.rglob("*.*"))

@@ -9,13 +9,13 @@ import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from common.cli import UserError
 from latent_diffusion.files import WeightsFile, controlnet_sizes, find_controlnet
 from p3_controlnet import export, sample
 from p3_controlnet.model import ControlNet, ControlNetConfig
+from tests.programs import parse, read, run
 from tests.stable_diffusion import KEYS
 
 
@@ -109,10 +109,6 @@ def same(tensors, expected):
     return tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-def export_to(out, source, *flags):
-    return export.main(export.parse_arguments([str(source), str(out), *flags]))
-
-
 def test_the_published_list_is_matched_without_rest():
     file = WeightsFile(Path("control.pth"), {name: tuple(shape) for name, shape in KEYS["controlnet"].items()})
     weights = find_controlnet(file)
@@ -140,24 +136,24 @@ def test_the_original_layout(control_state, theirs, tmp_path, form, suffix):
 
 
 def test_exports_are_what_others_read(control_file, control_state, theirs, tmp_path):
-    folder = export_to(tmp_path / "folder", control_file, "--layout", "diffusers", "--fp32")
+    folder = run(export, control_file, tmp_path / "folder", "--layout", "diffusers", "--fp32")
     assert same(ControlNetModel.from_pretrained(folder).state_dict(), theirs.state_dict())
     theirs.save_pretrained(tmp_path / "theirs")
     one_file, _ = ControlNet.load(tmp_path / "theirs" / "diffusion_pytorch_model.safetensors")
     assert same(one_file.state_dict(), theirs.state_dict())
-    file = export_to(tmp_path / "new" / "control.safetensors", folder, "--fp32")
+    file = run(export, folder, tmp_path / "new" / "control.safetensors", "--fp32")
     assert same(load_file(file), control_state)
-    assert {tensor.dtype for tensor in load_file(export_to(file, folder)).values()} == {torch.float16}
+    assert {tensor.dtype for tensor in load_file(run(export, folder, file)).values()} == {torch.float16}
 
 
 def test_what_cannot_be_exported_is_told(controlnet_folder, control_file, tmp_path):
     with pytest.raises(UserError, match=r"built unlike Stable Diffusion v1; add --layout diffusers"):
-        export_to(tmp_path / "control.safetensors", controlnet_folder)
+        run(export, controlnet_folder, tmp_path / "control.safetensors")
     with pytest.raises(UserError, match=r"name a .safetensors file"):
-        export_to(tmp_path / "folder", control_file)
+        run(export, control_file, tmp_path / "folder")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"is a file; name a folder"):
-        export_to(tmp_path / "file", control_file, "--layout", "diffusers")
+        run(export, control_file, tmp_path / "file", "--layout", "diffusers")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -170,13 +166,12 @@ def draw(sd_state, hint_folder, tmp_path, monkeypatch):
     table.write_text((hint_folder / "prompt.json").read_text().splitlines()[0])
     monkeypatch.setattr(sample, "OWN_CONTROLNET", tmp_path / "checkpoints" / "controlnet_sd.safetensors")
 
-    def run(*flags):
+    def drawn(*flags):
         places = [table, hint_folder / "source", tmp_path / "out", path, "--cache-dir", tmp_path / "cache"]
-        flags = [*places, "--size", 64, "--steps", 2, "--precision", "fp32", *flags]
-        (file,) = sample.main(sample.parse_arguments([str(flag) for flag in flags]))
-        return np.asarray(Image.open(file))
+        (file,) = run(sample, *places, "--size", 64, "--steps", 2, "--precision", "fp32", *flags)
+        return read(file)
 
-    return run
+    return drawn
 
 
 def test_the_students_controlnet_is_found_else_the_line_says_where_it_should_be(
@@ -211,17 +206,13 @@ def test_one_file_with_both_is_either_and_a_trained_decoder_is_not_dropped_silen
     assert "warning" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("form", ["bin", "fp16"])
 @pytest.mark.parametrize("place", [".", "snapshots/0123abc", "controlnet"])
-def test_folders_of_diffusers_training_and_of_the_hub_are_read(controlnet_folder, tmp_path, place, form):
+def test_folders_of_diffusers_training_and_of_the_hub_are_read(controlnet_folder, tmp_path, place):
     (tmp_path / "snapshots").mkdir()
     shutil.copytree(controlnet_folder, tmp_path / place, dirs_exist_ok=True)
     file = tmp_path / place / "diffusion_pytorch_model.safetensors"
-    if form == "fp16":
-        file.rename(file.with_suffix(".fp16.safetensors"))
-    else:
-        torch.save(load_file(file), file.with_suffix(".bin"))
-        file.unlink()
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
     found, expected = ControlNet.load(tmp_path)[0], ControlNet.load(controlnet_folder)[0]
     assert same(found.state_dict(), expected.state_dict())
 
@@ -233,6 +224,6 @@ def test_the_controlnets_own_guidance_is_the_default(pipeline_folder, controlnet
         (tmp_path / "own", [], 3.0),
         (tmp_path / "own", ["--guidance-scale", "1"], 1.0),
     ):
-        arguments = ["prompt.json", "source", "out", str(pipeline_folder), "--controlnet", str(folder), *flags]
-        sampler, options = sample.load_sampler(sample.parse_arguments([*arguments, "--precision", "bf16"]))
+        arguments = ["prompt.json", "source", "out", pipeline_folder, "--controlnet", folder, "--precision", "bf16"]
+        sampler, options = sample.load_sampler(parse(sample, *arguments, *flags))
         assert (options.scale, sampler.base.unet.dtype) == (expected, torch.bfloat16)

@@ -11,8 +11,9 @@ from PIL import Image
 from latent_diffusion.miniature.colours import COLOURS, rgb_to_lab
 from latent_diffusion.miniature.scenes import VISIBLE
 from p3_personalization import concepts
-from p3_personalization.concepts import CONCEPTS, PROMPTS, concept_scenes, draw_scene, main, parse_arguments
+from p3_personalization.concepts import CONCEPTS, PROMPTS, concept_scenes, draw_scene
 from p3_personalization.generate import EXAMPLES, read_table
+from tests.programs import parse, run
 
 
 class Eyes:
@@ -29,7 +30,7 @@ class Eyes:
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     monkeypatch.setattr(concepts, "Clip", lambda folder: Eyes())
-    return main(parse_arguments([str(tmp_path / "concepts")]))
+    return run(concepts, tmp_path / "concepts")
 
 
 def test_every_picture_shows_the_concept_where_its_scene_says():
@@ -86,5 +87,5 @@ def test_bad_arguments_write_nothing(tmp_path, refusal):
         (["--count", "0"], "--count 0: must be 1 to 100"),
         (["--clip", str(tmp_path / "none")], f"{tmp_path / 'none'}: no such folder; name one with a CLIP model"),
     ):
-        assert refusal(main, parse_arguments([str(out), *flags])).startswith(words)
+        assert refusal(concepts.main, parse(concepts, out, *flags)).startswith(words)
     assert not out.exists()

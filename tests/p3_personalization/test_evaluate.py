@@ -10,6 +10,7 @@ from PIL import Image
 from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_target
 from p3_personalization import evaluate
+from tests.programs import parse
 
 WINE, PETROL, ROSE = (120, 8, 56), (0, 80, 120), (140, 20, 70)
 PALETTE = COLOURS | {"wine": WINE, "petrol": PETROL, "rose": ROSE}
@@ -59,7 +60,7 @@ def folders(tmp_path):
 @pytest.fixture
 def arguments(folders, clip_folder):
     def make(*flags):
-        return evaluate.parse_arguments([*map(str, [*folders, "--clip", clip_folder, "--count", COUNT, *flags])])
+        return parse(evaluate, *folders, "--clip", clip_folder, "--count", COUNT, *flags)
 
     return make
 

@@ -10,6 +10,7 @@ from PIL import Image
 from latent_diffusion.miniature.scenes import Circle, Scene, draw_target
 from p3_personalization import figures
 from p3_personalization.figures import CUSTOM_DIFFUSION, INVERSION
+from tests.programs import read, run
 
 SIZE = 64
 CELL = SIZE + 2
@@ -30,17 +31,14 @@ def draw(table, words_file, custom_file, pipeline_folder, tmp_path):
         for k in range(3):
             Image.fromarray(scene(name)).save(references / str(number) / f"{k}.png")
 
-    def run(*flags):
+    def drawn(*flags):
         fixed = ["--out", tmp_path / "out", "--table", table, "--references", references, "--base", pipeline_folder]
         fixed += ["--words", words_file, "--custom", custom, "--steps", 2, "--precision", "fp32"]
-        files = figures.main(figures.parse_arguments([str(argument) for argument in [*fixed, *flags]]))
+        files = run(figures, *fixed, *flags)
         assert sorted(files) == sorted((tmp_path / "out").iterdir())
-        return {
-            file.name: json.loads(file.read_text()) if file.suffix == ".json" else np.asarray(Image.open(file))
-            for file in files
-        }
+        return {file.name: json.loads(file.read_text()) if file.suffix == ".json" else read(file) for file in files}
 
-    return run
+    return drawn
 
 
 def test_photos_stand_above_what_each_method_draws_and_nothing_is_counted_in_photographs(draw):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from common.sampling import ImageNoise
 from p3_personalization import generate
 from p3_personalization.generate import read_table
+from tests.programs import parse, read
 
 COURSE = {
     "0": {
@@ -67,8 +68,7 @@ def arguments(table, words_file, pipeline_folder, tmp_path):
 
     def make(*flags, out=tmp_path / "out", table=table):
         words = [] if "--custom" in flags else ["--words", words_file]
-        fixed = [table, out, pipeline_folder, *words, "--steps", 2, "--precision", "fp32"]
-        return generate.parse_arguments([str(argument) for argument in [*fixed, *flags]])
+        return parse(generate, table, out, pipeline_folder, *words, "--steps", 2, "--precision", "fp32", *flags)
 
     return make
 
@@ -81,7 +81,7 @@ def drawn(arguments):
         args = arguments(*flags, **options)
         files = generate.main(args)
         assert sorted(files) == sorted(path for path in args.out.rglob("*") if path.is_file())
-        return {str(path.relative_to(args.out)): np.asarray(Image.open(path)).astype(int) for path in files}
+        return {str(path.relative_to(args.out)): read(path) for path in files}
 
     return draw
 
@@ -168,7 +168,7 @@ def test_a_student_s_own_words_are_found_by_their_place(arguments, words_file, t
 
 def test_guidance_is_the_base_s_unless_it_is_named():
     def scale(*flags):
-        return generate.drawing_options(generate.parse_arguments(list(flags))).scale
+        return generate.drawing_options(parse(generate, *flags)).scale
 
     assert scale() == generate.MINIATURE_GUIDANCE_SCALE
     assert scale("input.json", "out", "sd-v1-4.ckpt") == 7.5

