@@ -17,17 +17,13 @@ from p3_controlnet import cache as module
 from p3_controlnet.cache import PairBatches, encode_pairs, hint_reader
 
 PROMPTS = ["red circle", "blue circle", "red circle", "", "Red circle"]
+PAIRS = [Pair(f"{k}.png", f"{k}.png", prompt, f"prompt.json line {k + 1}") for k, prompt in enumerate(PROMPTS)]
 ALL, NONE = torch.arange(5), torch.zeros(5, dtype=torch.bool)
 
 
 @pytest.fixture(scope="module")
 def base(pipeline_folder):
     return load_base(pipeline_folder)
-
-
-@pytest.fixture
-def pairs():
-    return [Pair(f"{k}.png", f"{k}.png", prompt, f"prompt.json line {k + 1}") for k, prompt in enumerate(PROMPTS)]
 
 
 @pytest.fixture
@@ -60,10 +56,10 @@ def encoded(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize(("shard", "pixels", "kept"), [(2, 64**2, True), (2, 3 * 64**2, False), (256, 64**2, True)])
-def test_the_cache_holds_what_the_base_encodes(base, pairs, images, data, tmp_path, monkeypatch, shard, pixels, kept):
+def test_the_cache_holds_what_the_base_encodes(base, images, data, tmp_path, monkeypatch, shard, pixels, kept):
     monkeypatch.setattr(module, "SHARD", shard)
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", pixels)
-    cache = encode_pairs(base, pairs, data, 64, tmp_path / "cache" if kept else None)
+    cache = encode_pairs(base, PAIRS, data, 64, tmp_path / "cache" if kept else None)
     assert {part.dtype for part in (*cache.latents.parts, *cache.contexts.parts)} == {torch.float16}
     assert sum(map(len, cache.contexts.parts)) == 4
     maps = Path("/proc/self/maps").read_text()
@@ -80,9 +76,9 @@ def test_the_cache_holds_what_the_base_encodes(base, pairs, images, data, tmp_pa
     assert torch.equal(cache.null_context, context[1])
 
 
-def test_a_killed_encoding_goes_on_at_the_missing_shard(base, pairs, data, tmp_path, encoded, monkeypatch):
+def test_a_killed_encoding_goes_on_at_the_missing_shard(base, data, tmp_path, encoded, monkeypatch):
     folder = tmp_path / "cache"
-    expected = encode_pairs(base, pairs, data, 64).take(ALL, NONE)
+    expected = encode_pairs(base, PAIRS, data, 64).take(ALL, NONE)
     save = module.save_tensors
 
     def killed(path, *rest):
@@ -93,20 +89,20 @@ def test_a_killed_encoding_goes_on_at_the_missing_shard(base, pairs, data, tmp_p
 
     monkeypatch.setattr(module, "save_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
-        encode_pairs(base, pairs, data, 64, folder)
+        encode_pairs(base, PAIRS, data, 64, folder)
     assert sorted(path.name for path in folder.iterdir()) == [".unfinished-x", "latents_00000.safetensors"]
     monkeypatch.setattr(module, "save_tensors", save)
     encoded.clear()
-    cache = encode_pairs(base, pairs, data, 64, folder)
+    cache = encode_pairs(base, PAIRS, data, 64, folder)
     assert encoded == [2, 1, 2, 2]  # two shards of latents, two of contexts
     assert all(torch.equal(one, other) for one, other in zip(cache.take(ALL, NONE), expected))
     assert len(list(folder.iterdir())) == 5
 
 
-def test_only_what_changed_is_made_anew(pipeline_folder, pairs, images, data, tmp_path, encoded):
+def test_only_what_changed_is_made_anew(pipeline_folder, images, data, tmp_path, encoded):
     folder, base = tmp_path / "cache", load_base(pipeline_folder)
 
-    def anew(base, pairs=pairs, size=64) -> list[int]:
+    def anew(base, pairs=PAIRS, size=64) -> list[int]:
         encoded.clear()
         cache, done = encode_pairs(base, pairs, data, size, folder), list(encoded)
         fresh = encode_pairs(base, pairs, data, size).take(ALL, NONE)
@@ -118,9 +114,9 @@ def test_only_what_changed_is_made_anew(pipeline_folder, pairs, images, data, tm
     images[4, 2, 63, 63] ^= 1
     save_png(data / "4.png", images[4])
     assert anew(base) == [1]
-    swapped = [pairs[0], pairs[3], pairs[2], pairs[1], pairs[4]]
+    swapped = [PAIRS[k] for k in (0, 3, 2, 1, 4)]
     assert anew(base, swapped) == [2, 2]  # pictures 2 and 4; no new prompt, and the same order of prompts
-    other = [*pairs[:4], Pair("4.png", "4.png", "red  circle", "prompt.json line 5")]
+    other = [*PAIRS[:4], Pair("4.png", "4.png", "red  circle", "prompt.json line 5")]
     assert anew(base, other) == [2, 2, 2]  # the pictures in their order again, and the last prompts
     assert anew(base, other, size=32) == [2, 2, 1]
     base.vae.encoder.conv_in.weight[0, 0, 0, 0] += 1
@@ -149,7 +145,7 @@ def test_processes_share_the_work(tmp_path, monkeypatch):
     assert sorted(made) == [0, 2, 4, 6]
 
 
-def test_what_is_broken_or_too_long_is_named(base, pairs, data, tmp_path, capsys):
+def test_what_is_broken_or_too_long_is_named(base, data, tmp_path, capsys):
     long = [Pair("0.png", "0.png", "x" * 90, f"prompt.json line {k + 4}") for k in range(5)]
     encode_pairs(base, long, data, 64)
     (told,) = capsys.readouterr().err.splitlines()
@@ -158,10 +154,10 @@ def test_what_is_broken_or_too_long_is_named(base, pairs, data, tmp_path, capsys
     folder.mkdir()
     (folder / "latents_00000.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=f"^{folder}/latents_00000.safetensors: is a text file"):
-        encode_pairs(base, pairs, data, 64, folder)
+        encode_pairs(base, PAIRS, data, 64, folder)
     (data / "3.png").unlink()
     with pytest.raises(UserError, match=r"^prompt.json line 4: .*3.png: No such file"):
-        encode_pairs(base, pairs, data, 64)
+        encode_pairs(base, PAIRS, data, 64)
 
 
 def test_hints_are_the_same_from_memory_and_from_files(circles, monkeypatch):

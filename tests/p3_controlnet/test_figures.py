@@ -1,4 +1,4 @@
-"""The report's figures, and hints of every kind with the program that judges what is drawn after them."""
+"""The report's figures, hints of every kind with the program that judges what is drawn after them, and made circles."""
 
 import json
 
@@ -9,9 +9,11 @@ from PIL import Image
 from common.cli import UserError
 from common.data import read_image
 from latent_diffusion.miniature.regions import circle_regions, hint_regions, intersection_over_union
-from latent_diffusion.miniature.scenes import distances, draw_hint, random_scenes
-from p3_controlnet import figures, robustness
-from tests.programs import run
+from latent_diffusion.miniature.scenes import distances, draw_hint, held_out, random_scenes, read_prompt
+from latent_diffusion.pairs import read_hints, read_pairs
+from p3_controlnet import figures, fill50k, robustness
+from p3_controlnet.sample import EXAMPLES
+from tests.programs import parse, read, run
 
 CELL = 64 + 2
 
@@ -81,3 +83,40 @@ def test_the_program_judges_every_kind(pipeline_folder, controlnet_folder, tmp_p
         assert kind["count"] == 1
         assert all(0 <= kind[circles][key] <= 1 for circles in ("one", "two") for key in kind["one"])
     assert "squeezed" in capsys.readouterr().out
+
+
+def test_lines_of_one_width_and_rough_ones(tmp_path):
+    flags = "--count", "6", "--size", "64"
+    hints = {}
+    for name, more in {"plain": (), "wide": ("--line-width", "12"), "broken": ("--rough", "broken")}.items():
+        table = run(fill50k, tmp_path / name, *flags, *more)
+        hints[name] = read_hints(read_pairs(table), tmp_path / name, 64).int()
+    assert table.read_text() == (tmp_path / "plain" / "prompt.json").read_text()
+    assert (hints["wide"].sum(dim=(1, 2, 3)) > 1.3 * hints["plain"].sum(dim=(1, 2, 3))).all()
+    assert hints["broken"].sum() < hints["plain"].sum()
+    for target in (tmp_path / "plain" / "target").iterdir():
+        assert target.read_bytes() == (tmp_path / "broken" / "target" / target.name).read_bytes()
+
+
+def test_shipped_examples_are_what_it_makes(tmp_path):
+    """Single circles of held-out colours, and one hint of two circles with two prompts."""
+    (flags,) = (line for line in fill50k.__doc__.splitlines() if "--report" in line)
+    run(fill50k, tmp_path, *flags.partition("#")[0].split()[3:])
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*") if path.is_file())
+    for file in files:
+        if file.suffix == ".png":
+            assert np.abs(read(tmp_path / file) - read(EXAMPLES / file)).max() <= 1, file
+    assert (tmp_path / "prompt.json").read_text() == (EXAMPLES / "prompt.json").read_text()
+    *singles, gray, colours = read_pairs(EXAMPLES / "prompt.json", distinct_targets=True)
+    assert len(singles) == 20
+    assert all(held_out(names[0], background) for names, background in (read_prompt(p.prompt) for p in singles))
+    assert gray.source == colours.source == fill50k.REPORT_HINT
+    assert [len(read_prompt(pair.prompt)[0]) for pair in (gray, colours)] == [1, 2]
+
+
+@pytest.mark.parametrize("flags", [["--count", "0"], ["--size", "31"], ["--seed", "-1"], ["--line-width", "0"]])
+def test_bad_arguments_leave_nothing_behind(flags, tmp_path, refusal):
+    line = refusal(fill50k.main, parse(fill50k, tmp_path / "out", "--count", "2", *flags))
+    assert flags[1] in line
+    assert not list(tmp_path.rglob("*.*"))
