@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.checkpoint import save_tensors
-from common.cli import run
+from common.cli import run, silence
 from common.schedule import NoiseSchedule
 from p1_ddpm.digits import DOMAINS
 from p1_ddpm.model import ContextUNet, ContextUNetConfig
@@ -63,8 +63,8 @@ def refusal(capsys):
 
     def refused(main, args) -> str:
         capsys.readouterr()
-        args.quiet = True  # on a busy machine progress would print a line of its own
-        with pytest.raises(SystemExit) as caught:
+        # Silent, because on a busy machine progress would print a line of its own.
+        with silence(), pytest.raises(SystemExit) as caught:
             run(main, args)
         assert caught.value.code == 2
         error = capsys.readouterr().err
