@@ -182,7 +182,7 @@ def test_a_saved_base_is_a_pipeline_in_fp16(base, tmp_path, pipeline):
 
 def test_a_full_disk_leaves_the_old_folder(base, copied, full_disk):
     def files():
-        return {path: path.read_bytes() for path in copied.parent.rglob("*") if path.is_file()}
+        return {path: path.is_file() and path.read_bytes() for path in copied.parent.rglob("*")}
 
     before = files()
     with full_disk(10_000), pytest.raises(UserError, match=f"^{copied}: cannot be written"):

@@ -16,6 +16,7 @@ from p3_controlnet.sample import EXAMPLES
 from tests.programs import parse, read, run
 
 CELL = 64 + 2
+SCENES = list(random_scenes(3, 512, 3, (1, 2), True))
 
 
 @pytest.fixture
@@ -46,9 +47,6 @@ def test_examples_without_two_circles_are_one_clear_line(draw, circles, tmp_path
     with pytest.raises(UserError, match=r"prompt.json: no line has the source source/two.png"):
         draw("--only", "two", "--examples", circles)
     assert not (tmp_path / "out").exists()
-
-
-SCENES = list(random_scenes(3, 512, 3, (1, 2), True))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in robustness.KINDS if kind not in ("inverted", "squeezed", "broken")])

@@ -153,7 +153,8 @@ def test_a_base_gets_matrices_and_shares_the_rest(pipeline_folder, custom_file, 
     base, path = load_base(pipeline_folder, dtype=torch.bfloat16), custom_file(3)
     loaded, fresh = with_learned(base, [], path), load_base(pipeline_folder, dtype=torch.bfloat16)
     for name, parameter in loaded.unet.named_parameters():
-        changed, own, before = name in matrix_names(base.unet), *(one.unet.get_parameter(name) for one in (base, fresh))
+        changed = name in matrix_names(base.unet)
+        own, before = (one.unet.get_parameter(name) for one in (base, fresh))
         assert (parameter is own) != changed
         assert torch.equal(own, before)
         assert (parameter - before * (3 if changed else 1)).abs().max() <= 0.02 * before.abs().max()

@@ -21,8 +21,9 @@ TEMPLATES = ["{} circle", "a {}", "{} and {}"]
 
 @pytest.mark.parametrize("combine", ["mean", "best"])
 def test_scores_are_those_of_transformers_calls(clip_folder, clip_vectors, combine, monkeypatch):
-    for module, name in ((zeroshot, "PICTURES_AT_ONCE"), (clip, "BATCH"), (clip, "TEXTS")):
-        monkeypatch.setattr(module, name, 4 if module is zeroshot else 3)
+    monkeypatch.setattr(zeroshot, "PICTURES_AT_ONCE", 4)
+    monkeypatch.setattr(clip, "BATCH", 3)
+    monkeypatch.setattr(clip, "TEXTS", 3)
     random = np.random.default_rng(0)
     pictures = [random.integers(0, 256, (40 + 20 * k, 64, 3), dtype=np.uint8) for k in range(5)]
     data = ZeroShotData(["red", "sky blue", "gold"], torch.zeros(5, dtype=torch.int64), pictures.__getitem__)
