@@ -20,8 +20,6 @@ SCRIPTS = sorted(
     for path in ROOT.glob(f"{folder}/**/*.py")
     if "def parse_arguments(" in path.read_text(encoding="utf-8")
 )
-MEASURING = [script for script in SCRIPTS if script.endswith(("/evaluate.py", "/quality.py", "/zeroshot.py"))]
-MEASURING += ["benchmarks/sd_full_size.py"]
 EXAMPLE = re.compile(r"^\s*(python .+?)(?:\s+#.*)?$", re.MULTILINE)
 
 
@@ -81,8 +79,3 @@ def test_the_examples_can_be_parsed(script):
     assert own
     for words in own:
         assert isinstance(module.parse_arguments(words[2:]), argparse.Namespace)
-
-
-@pytest.mark.parametrize("script", sorted(MEASURING))
-def test_what_is_measured_is_there_for_machines(script, parsers):
-    assert "--json" in flags_of(parsers(script)[0])
