@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # isort: split
 
 from benchmarks.ablation_tables import ROOT, WEIGHTS, fingerprint, make_text, replace_block
 from benchmarks.ablations_p1 import P1

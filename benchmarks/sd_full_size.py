@@ -20,6 +20,7 @@ from time import perf_counter, sleep
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # isort: split
 
 import torch
 from torch import Tensor

@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import errno
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, fields
@@ -14,6 +16,8 @@ from typing import Any, Self, TypeVar
 from tqdm import tqdm
 
 LONG = 2.0  # seconds; a phase that ends sooner shows nothing
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher of processes sets
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Item = TypeVar("Item")
 Options = TypeVar("Options")
 _silent = False
@@ -23,6 +27,26 @@ _phases: list["Progress"] = []  # under way, the outermost first
 
 class UserError(Exception):
     """A problem the user can mend; its text is one line that names the file or value and the mend."""
+
+
+class Lossy(io.FileIO):
+    """Where print goes: what nobody reads any more, as behind `head`, or a full disk does not take, ends no run."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self.fileno() == 1 and error.errno != errno.EPIPE:
+                note("stdout", f"printed lines are lost ({error.strerror}); choose another disk")
+            return len(data)
+
+
+def lossy(stream: Any) -> Any:
+    """A process's own stdout or stderr that writes as `Lossy`, to nowhere if it was closed; no letter is refused."""
+    if stream is None:
+        return open(os.devnull, "w")
+    raw = io.BufferedWriter(Lossy(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
 
 
 def format_default(default: Any) -> str:
@@ -49,8 +73,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, **options)
-        with contextlib.suppress(AttributeError):  # a notebook's stdout has no encoding
-            sys.stdout.reconfigure(errors="backslashreplace")  # no name should end a run that is done
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is getattr(sys, f"__{name}__"):  # not a notebook's or a test's
+                setattr(sys, name, lossy(getattr(sys, name)))
         self._optionals.title = "general"
         # Without a default, so that a subcommand does not undo a --quiet before it.
         self.add_argument(
@@ -60,6 +85,11 @@ class Parser(argparse.ArgumentParser):
             default=argparse.SUPPRESS,
             help="hide progress; results, warnings and errors still print",
         )
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        if action.type is Path and not text:  # which Path takes for the current folder
+            raise argparse.ArgumentError(action, "is empty; name a file or a folder")
+        return super()._get_value(action, text)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
@@ -100,25 +130,48 @@ def check(name: str, value: Any, fine: bool, range_: str) -> None:
         raise UserError(f"--{name.replace('_', '-')} {value}: must be {range_}")
 
 
+def explain(error: Exception) -> str | None:
+    """The line about an error that the user can mend; None for a bug."""
+    text = str(error)
+    if isinstance(error, UserError) or getattr(error, "errno", None) in FULL:
+        return text
+    if isinstance(error, MemoryError) or any(sign in text for sign in ("out of memory", "t allocate memory")):
+        return "the memory is full; choose smaller batches or images, or end other programs"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"--compile: {text.splitlines()[0]}; leave it out, or install a C++ compiler"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check the path and its permissions"
+    return None
+
+
+def interrupt(number: int, _) -> None:
+    """Handle a signal as Ctrl-C."""
+    raise KeyboardInterrupt(number)
+
+
 def run(main: Callable, args: argparse.Namespace) -> None:
     """Call `main(args)`, silenced if `--quiet` is among the arguments.
 
-    A `UserError`, a full disk, or a file that the system refuses becomes one line on stderr and exit code 2.
+    What the user can mend, see `explain`, becomes one line on stderr and exit code 2. The process stands alone unless
+    all that a launcher sets is there; schedulers set some of it. SIGTERM and a closed terminal end it as Ctrl-C does.
     """
+    if not all(map(os.environ.get, LAUNCHED)):
+        for name in LAUNCHED:
+            os.environ.pop(name, None)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one
+            signal.signal(number, interrupt)
     try:
         with silence(getattr(args, "quiet", False)):
             main(args)
-    except (UserError, OSError) as error:
-        text = str(error)
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            if error.filename is None:
-                raise
-            text = f"{error.filename}: {error.strerror}; check the path and its permissions"
-        print("error:", " ".join(text.split()), file=sys.stderr)
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        if (line := explain(error)) is None:
+            raise
+        print("error:", " ".join(line.split()), file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + (stop.args or [signal.SIGINT])[0]) from None
 
 
 @contextlib.contextmanager

@@ -4,16 +4,20 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from common.cli import UserError
 
 UNFINISHED = ".unfinished-"
+DAY = 24 * 60 * 60  # seconds
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -24,8 +28,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A folder, because safetensors makes temporary files of its own beside the one that it is given.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as stage:
-            temporary = Path(stage) / path.name
+        with temporary_folder(path.parent) as stage:
+            temporary = stage / path.name
             write(temporary)
             with open(temporary, "rb+") as written:
                 os.fsync(written.fileno())
@@ -42,15 +46,32 @@ def move_into_place(file: Path, target: Path) -> None:
     file.replace(target)
 
 
+@contextlib.contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """A folder in another, removed with the block; those that killed processes left there are removed too."""
+    remove_unfinished(folder)
+    prefix = f"{UNFINISHED}{os.getpid()}-{socket.gethostname()}-"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=prefix, ignore_cleanup_errors=True) as temporary:
+        yield Path(temporary)
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed while writing left in a folder."""
+    """Remove temporary folders of processes that have ended; where these ran elsewhere, those that are a day old."""
     for stage in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(stage, ignore_errors=True)
+        pid, _, host = stage.name.removeprefix(UNFINISHED).rpartition("-")[0].partition("-")
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            old = time.time() - stage.stat().st_mtime > DAY
+            if not psutil.pid_exists(int(pid)) if host == socket.gethostname() else old:
+                shutil.rmtree(stage, ignore_errors=True)
 
 
 def check_output_folder(folder: Path) -> None:
     """Make sure that `folder` exists and can be written; else a `UserError`."""
     folder = Path(folder)
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(
+            f"{folder}: is a link to {os.readlink(folder)}, which is not there; make that, or remove the link"
+        )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder to write to")
     try:
@@ -87,25 +108,45 @@ def clear_way(out: Path, files: Iterable[Path | str], overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def stage_folder(folder: Path) -> Iterator[Path]:
+def stage_folder(folder: Path, files: Iterable[Path | str] = ()) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends well, and vanish when it does not.
 
-    A `UserError` if `folder` is a file or cannot be written.
+    A `UserError` if `folder` is a file or cannot be written, or at once if one of `files`, which lie there empty and
+    are all to be filled, can have no place in it.
     """
     check_output_folder(folder)
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED, ignore_cleanup_errors=True) as temporary:
-            stage = Path(temporary)
+        with temporary_folder(folder) as stage:
+            for file in files:
+                make_place(stage / file, Path(folder) / file)
             yield stage
             files = sorted(path for path in stage.rglob("*") if path.is_file())
             targets = [Path(folder) / file.relative_to(stage) for file in files]
-            if in_the_way := [target for target in targets if target.is_dir()]:
-                raise UserError(f"{in_the_way[0]}: is a folder where a file is to go; move it away")
+            for target in targets:
+                check_target(target)
             for file, target in zip(files, targets):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 move_into_place(file, target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error}); free space or choose another folder") from None
+
+
+def make_place(file: Path, target: Path) -> None:
+    """Make an empty file, for now; a `UserError` if it cannot have its name, or the target later."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror}); choose another name") from None
+    check_target(target)
+
+
+def check_target(target: Path) -> None:
+    """Raise a `UserError` if a folder has this path, or a file has that of one of its folders."""
+    nearest = next(place for place in (target, *target.parents) if place.exists())
+    if nearest.is_dir() == (nearest == target):
+        kinds = ("folder", "file") if nearest.is_dir() else ("file", "folder")
+        raise UserError(f"{nearest}: is a {kinds[0]} where a {kinds[1]} is to go; move it away")
 
 
 def add_json_argument(parser: Any) -> None:

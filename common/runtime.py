@@ -20,14 +20,14 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # which meta, that computes nothing, refuses
         if device.type == "cuda":
             torch.cuda.set_device(device)
             # Not on a CPU, where it changes nothing and torch 2.9 calls these names old on stderr.
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu") from None
+        raise UserError(f"--device {name}: {str(error).splitlines()[0].split('. ')[0]}; use --device cpu") from None
     return device
 
 

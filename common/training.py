@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common.checkpoint import save_tensors, to_half
 from common.cli import Progress, UserError, say
 from common.data import Batch, DrawnAhead
-from common.output import check_output_folder, remove_unfinished
+from common.output import check_output_folder
 from common.runtime import pick_device, pick_precision, seeded_generator
 from common.schedule import NoiseSchedule
 from common.training_options import TrainingOptions, learning_rate
@@ -191,7 +191,6 @@ class Trainer:
         if (processes := self.accelerator.num_processes) > 1:
             say(f"{processes} processes, {self.part} images each at a time")
         if main:
-            remove_unfinished(self.folder)
             self.log = RunLog(self.folder, self.step)
         self.runnable.train()
         steps, seconds = 0, 0.0

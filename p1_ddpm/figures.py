@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # isort: split
 
 import torch
 from torch import Tensor

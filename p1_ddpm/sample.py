@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # isort: split
 
 import torch
 from torch import Tensor
@@ -157,9 +158,8 @@ def main(args) -> list[Path]:
     if processes.rank == 0:
         clear_way(args.out, [digit.file for digit in digits], args.overwrite)
     processes.wait()
-    with stage_folder(args.out) as stage:
+    with stage_folder(args.out, [digit.file for digit in mine]) as stage:
         for digit, image in drawn:
-            (stage / digit.domain).mkdir(exist_ok=True)
             to_pil(image).save(stage / digit.file)
     processes.wait()
     if processes.rank == 0:

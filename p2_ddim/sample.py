@@ -67,11 +67,12 @@ def main(args) -> list[Path]:
     """Draw and write; returns the files written."""
     sampler, options = make_sampler(args)
     noises = noises_for(sampler, args.noise)
-    with stage_folder(args.out) as stage:
-        for noise, image in sampler.images(noises, options):
-            to_pil(image).save(stage / f"{noise.name}.png")
+    files = [f"{noise.name}.png" for noise in noises]
+    with stage_folder(args.out, files) as stage:
+        for file, (_, image) in zip(files, sampler.images(noises, options)):
+            to_pil(image).save(stage / file)
     say(f"{len(noises)} images in {args.out}")
-    return [args.out / f"{noise.name}.png" for noise in noises]
+    return [args.out / file for file in files]
 
 
 if __name__ == "__main__":

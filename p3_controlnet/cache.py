@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from common.checkpoint import load_about, load_tensors, save_tensors
 from common.cli import UserError, progress
 from common.data import Batch, shuffled_indices, stratified_timesteps, to_unit_range
-from common.output import remove_unfinished
 from common.schedule import NoiseSchedule
 from latent_diffusion.base import Base
 from latent_diffusion.pairs import Pair, locate, read_hints
@@ -125,8 +124,6 @@ def encode_pairs(base: Base, pairs: Sequence[Pair], data: Path, size: int, folde
     A `UserError` if a target is missing or broken, or a shard cannot be written.
     """
     process = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if folder and folder.is_dir() and process[0] == 0:
-        remove_unfinished(folder)
     first = {pair.prompt: pair.where for pair in reversed(pairs)}
     distinct = ["", *(prompt for prompt in dict.fromkeys(pair.prompt for pair in pairs) if prompt)]
     row = {prompt: k for k, prompt in enumerate(distinct)}

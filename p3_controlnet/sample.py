@@ -102,11 +102,9 @@ def main(args) -> list[Path]:
         pairs = readable_pairs(pairs, args.source, args.keep_going)
     sampler, options = load_sampler(args)
     items = list(zip(pairs, read_hints(pairs, args.source, sampler.sides(options)[0])))
-    with stage_folder(args.out) as stage:
+    with stage_folder(args.out, [pair.target for pair in pairs]) as stage:
         for (pair, _), picture in sampler.images(items, options):
-            path = stage / pair.target
-            path.parent.mkdir(parents=True, exist_ok=True)
-            to_pil(picture).save(path, format="PNG")
+            to_pil(picture).save(stage / pair.target, format="PNG")
     say(f"{len(pairs)} pictures in {args.out}")
     return [args.out / pair.target for pair in pairs]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # isort: split
 
 import torch
 
@@ -173,9 +174,8 @@ def main(args) -> list[Path]:
             items += prompt_items(prompt, args.count)
     drawn = PromptSampler(base).images(items, options)  # nothing is drawn yet, but too many steps are refused
     clear_way(args.out, files, args.overwrite)
-    with stage_folder(args.out) as stage:
+    with stage_folder(args.out, files) as stage:
         for file, (_, picture) in zip(files, drawn):
-            (stage / file).parent.mkdir(parents=True, exist_ok=True)
             to_pil(picture).save(stage / file, format="PNG")
     say(f"{len(files)} pictures in {args.out}")
     return [args.out / file for file in files]

@@ -25,6 +25,7 @@ from time import perf_counter
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common  # isort: split
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Undefined
