@@ -1,10 +1,12 @@
 """Weights on disk: safetensors that carry their model's config, written atomically and read with clear complaints."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -91,3 +93,12 @@ def start_from(model: nn.Module, weights: Path, about: Mapping[str, Any]) -> Non
         if theirs[name] != about[name]:
             raise UserError(f"--init {weights}: its {name} is {theirs[name]}, not {about[name]}; change the flags")
     load_strictly(model, state, str(weights))
+
+
+def hash_weights(model: nn.Module, *facts: object) -> str:
+    """A hash of a model's weights and of further facts."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

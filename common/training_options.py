@@ -4,6 +4,8 @@ import argparse
 import math
 from dataclasses import dataclass
 
+import torch
+
 from common.cli import add_options, check, option, options_from
 from common.runtime import PRECISIONS
 
@@ -34,6 +36,10 @@ class TrainingOptions:
     validate_every: int = option(500, "steps between validation losses")
     sample_every: int = option(2000, "steps between sample grids")
     log_every: int = option(20, "steps between log lines")
+
+    def seed_weights(self) -> None:
+        """Seed PyTorch's own generator, which draws initial weights; it takes 64 bits of a seed."""
+        torch.manual_seed(self.seed % 2**64)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, large: bool = False, **defaults) -> None:

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
 from common.checkpoint import EMA_PREFIX, load_strictly, load_tensors, save_tensors
-from common.cli import UserError, say
+from common.cli import UserError, note, say
 from common.images import save_png
 from common.output import write_atomically
 from common.training_options import TrainingOptions
@@ -109,14 +109,20 @@ class TrainingState:
             old.unlink()
 
     def resume(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Load the newest saved state, if there is one, and say which options changed since.
+        """Load the newest saved state that is whole, if there is any, and say which options changed since.
 
-        A `UserError` if it is another model's, or from after this run's last step.
+        A `UserError` if all are broken, or it is another model's, or from after this run's last step.
         """
         if not (files := self.files()):
             return
-        path = files[-1]
-        tensors, about = load_tensors(path)
+        for path in reversed(files):
+            try:
+                tensors, about = load_tensors(path)
+                break
+            except UserError as error:
+                if path == files[0]:
+                    raise
+                note(str(path), f"{error}; going on from the state before")
         for name, fact in self.about.items():
             if about.get(name) != fact:
                 raise UserError(f"{path}: its {name} is not this run's; choose another --out, or remove its states")

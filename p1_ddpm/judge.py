@@ -181,7 +181,7 @@ def train_judge(
         # No label smoothing: it would crowd each class's features together, and recall is measured on those.
         return F.cross_entropy(model(images).float(), batch["labels"])
 
-    torch.manual_seed(options.seed)
+    options.seed_weights()
     judge = Judge(widths=widths)
     about = judge.about | {"kind": "Judge", "domain": domain, "image_size": IMAGE_SIZE}
     with tempfile.TemporaryDirectory() as states:  # its training states are not kept

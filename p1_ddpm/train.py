@@ -192,7 +192,7 @@ def train(
     about |= {"prediction": config.prediction, "domains": domains, "image_size": config.image_size}
     notes = {"augment": augment, "weights": weights, "init": str(config.init) if config.init else None}
     notes |= {"layout": config.layout, "label_drop": config.label_drop, "min_snr_gamma": config.min_snr_gamma}
-    torch.manual_seed(options.seed)
+    options.seed_weights()
     model = make_model(network)
     if config.init:
         start_from(model, config.init, about)

@@ -114,7 +114,7 @@ def train(
 
     about = {"kind": "FaceUNet", "config": asdict(network), "schedule": asdict(schedule)}
     about |= {"prediction": config.prediction, "image_size": config.image_size}
-    torch.manual_seed(options.seed)
+    options.seed_weights()
     model = make_model(network)
     if config.init:
         start_from(model, config.init, about)

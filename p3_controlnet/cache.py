@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from common.checkpoint import load_about, load_tensors, save_tensors
+from common.checkpoint import hash_weights, load_about, load_tensors, save_tensors
 from common.cli import UserError, progress
 from common.data import Batch, shuffled_indices, stratified_timesteps, to_unit_range
 from common.schedule import NoiseSchedule
@@ -59,15 +59,6 @@ class Cache:
     def take(self, index: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
         """Latents and contexts of the pairs at these positions, float32; the dropped get the empty prompt's context."""
         return self.latents[index].float(), self.contexts[self.rows[index].masked_fill(dropped, 0)].float()
-
-
-def hash_weights(model: nn.Module, *facts: object) -> str:
-    """A hash of a model's weights and of further facts."""
-    digest = hashlib.sha256(repr(facts).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def hash_target(pair: Pair, folder: Path) -> str:

@@ -163,7 +163,7 @@ def train(
     pairs, base = read_table(config.data), load_base(config.base, cache=config.cache_dir)
     size = base.unet.config.sample_size * base.factor if config.image_size is None else config.image_size
     check("image_size", size, size >= base.factor and size % base.factor == 0, f"divisible by {base.factor}")
-    torch.manual_seed(options.seed)
+    options.seed_weights()
     controlnet = make_controlnet(config, base)
     if config.gradient_checkpointing:
         checkpoint_gradients(controlnet)

@@ -18,7 +18,7 @@ import common  # isort: split
 
 from torch import Tensor
 
-from common.checkpoint import load_about, load_tensors, save_tensors
+from common.checkpoint import hash_weights, load_about, load_tensors, save_tensors
 from common.cli import Parser, UserError, check, option, options_from, run, say
 from common.runtime import pick_device
 from common.training_options import TrainingOptions, add_training_arguments, training_options
@@ -64,7 +64,9 @@ def class_prompts(config: CustomOptions, seed: int) -> list[str]:
 
 def class_pictures(base: Base, prompts: Sequence[str], seed: int, guidance_scale: float, path: Path) -> Tensor:
     """A picture of each prompt, drawn by the base or read from a file of the same: uint8 (N, 3, size, size)."""
-    about = {"prompts": list(prompts), "seed": seed, "guidance_scale": guidance_scale}
+    about = {"prompts": list(prompts), "seed": seed, "guidance_scale": guidance_scale, "steps": CLASS_STEPS}
+    facts = base.unet.config.sample_size, base.vae.config.scaling_factor, base.prediction, base.schedule
+    about["base"] = [hash_weights(part, part.dtype, *facts) for part in (base.unet, base.vae, base.text_encoder)]
     if path.exists() and load_about(path) == about:
         return load_tensors(path)[0]["images"]
     items = [(prompt, (9, k)) for k, prompt in enumerate(prompts)]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common  # isort: split
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +123,7 @@ def train_vae(config: StageOptions, options: TrainingOptions) -> Path:
     over a whole picture sees other statistics.)
     """
     (_, images), (_, kept) = read_pictures(config.data)
-    torch.manual_seed(options.seed)
+    options.seed_weights()
     model = RoundTrip(models.make_vae())
 
     def make_batch(step: int, generator: torch.Generator) -> Batch:
@@ -190,7 +191,7 @@ def contrastive_loss(clip: CLIPModel, batch: Batch) -> Tensor:
 def train_clip(config: StageOptions, options: TrainingOptions) -> Path:
     """Train CLIP and its tokenizer; write OUT/clip, and OUT/pipeline's text_encoder and tokenizer; returns OUT/clip."""
     train, held_out = read_pictures(config.data)
-    torch.manual_seed(options.seed)
+    options.seed_weights()
     if config.init:
         known = Clip(config.init)
         clip, tokenizer = known.model.train(), known.tokenizer
@@ -228,7 +229,7 @@ def train_unet(config: StageOptions, options: TrainingOptions) -> Path:
     """Train the U-Net, and complete OUT/pipeline, which has the other parts; returns that folder."""
     folder, device = config.out / "pipeline", pick_device(options.device)
     parts = {name: load_part(folder, name, device) for name in ("vae", "text_encoder", "tokenizer")}
-    torch.manual_seed(options.seed)
+    options.seed_weights()
     unet = load_part(config.init, "unet").train().requires_grad_() if config.init else models.make_unet()
     base = Base(**parts, unet=unet, schedule=NoiseSchedule("cosine"), prediction="v")
     null = prompt_tokens(base.tokenizer, [""])

@@ -63,12 +63,19 @@ def test_a_full_disk_leaves_the_earlier_state_whole(tmp_path, full_disk):
     assert not list((tmp_path / "full").glob(".*"))
 
 
-def test_leftovers_of_a_killed_save_are_removed(tmp_path):
-    (tmp_path / ".unfinished-abc").mkdir()
-    (tmp_path / ".unfinished-abc" / ".tmp123").write_bytes(b"half")
-    (tmp_path / ".hidden").touch()
-    train(tmp_path, steps=1)
-    assert [path.name for path in tmp_path.glob(".*")] == [".hidden"]
+@pytest.mark.parametrize("harm", [lambda whole: whole[:-9], lambda whole: b"", lambda whole: bytes(len(whole))])
+def test_a_broken_state_is_told_and_the_one_before_it_taken(tmp_path, harm, capsys):
+    train(tmp_path / "whole")
+    train(tmp_path / "harmed", steps=4)
+    path = tmp_path / "harmed" / "state_00000004.safetensors"
+    path.write_bytes(harm(path.read_bytes()))
+    capsys.readouterr()
+    train(tmp_path / "harmed")
+    told = capsys.readouterr()
+    assert told.out.startswith(f"resuming {path.with_stem('state_00000003')} with steps 4 -> 6\n")
+    assert told.err.startswith(f"note: {path}: ")
+    assert told.err.endswith("; going on from the state before\n")
+    assert same_states(tmp_path / "whole", tmp_path / "harmed")
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path):
@@ -90,8 +97,9 @@ def test_other_runs_states_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=f"state_00000004.safetensors: {complaint}"):
             make_trainer(tmp_path, **options)
-    (tmp_path / "state_00000004.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"state_00000004.safetensors: is a text file"):
+    for state in tmp_path.glob("state_*"):
+        state.write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"state_00000003.safetensors: is a text file"):
         make_trainer(tmp_path)
 
 
