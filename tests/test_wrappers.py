@@ -1,13 +1,17 @@
 """What a grader meets first: the wrappers, with a stand-in for Python, and the check of the weights."""
 
 import hashlib
+import re
 import shlex
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.shell import ENVIRONMENT, ROOT, call
+from tests.test_help import SCRIPTS
 
 PROGRAMS = {
     "hw2_1.sh": "p1_ddpm/sample.py",
@@ -94,6 +98,38 @@ def test_no_output_argument(tree, tmp_path, script, given):
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1
     assert f"bash {script} " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "complaint"),
+    [
+        ("raise KeyboardInterrupt", -signal.SIGINT, "interrupted"),
+        ("raise ModuleNotFoundError('No module named x')", 2, "No module named x; pip install -r requirements.txt"),
+        ("raise ImportError('a.so: failed to map segment')", 2, "give it more memory (ulimit -v)"),
+    ],
+)
+def test_what_ends_a_programs_imports_is_one_line(given, code, complaint, tmp_path):
+    for name in ("torch", "numpy", "PIL", "tqdm", "psutil"):  # one of them comes first
+        (tmp_path / f"{name}.py").write_text(given)
+    for program in ("p1_ddpm/train.py", "p3_controlnet/sample.py"):
+        result = call(sys.executable, program, PYTHONPATH=tmp_path)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (code, "", 1), program
+        assert complaint in result.stderr, program
+
+
+@pytest.mark.parametrize("program", SCRIPTS)
+def test_every_program_imports_first_what_tells_of_it(program):
+    text = (ROOT / program).read_text(encoding="utf-8")
+    assert re.search(r"^sys\.path\.insert\(.*\n+(import common |from common\.)", text, re.MULTILINE)
+
+
+def test_an_old_python_is_told():
+    old = (
+        f"import runpy, sys; sys.version_info = (3, 10); runpy.run_path({PROGRAMS['hw2_1.sh']!r}, run_name='__main__')"
+    )
+    result = call(sys.executable, "-c", old)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "is older than Python 3.11" in result.stderr
 
 
 def test_exit_code_is_pythons(tree, tmp_path, script):

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 
 from common.cli import Parser, UserError
 from common.training_options import TrainingOptions, add_training_arguments, learning_rate, training_options
@@ -55,3 +56,9 @@ def test_the_rate_rises_stays_and_falls(decay):
 def test_no_warm_up_and_no_decay_leave_the_peak():
     options = TrainingOptions(steps=10, lr=3.0, warmup=0, decay_fraction=0.0)
     assert [learning_rate(options, step) for step in range(10)] == [3.0] * 10
+
+
+@pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1, 2**64 + 1, 10**30])
+def test_seeds_of_any_size_draw_initial_weights(seed):
+    TrainingOptions(seed=seed).seed_weights()
+    assert torch.initial_seed() % 2**64 == seed % 2**64

@@ -6,10 +6,11 @@ from PIL import Image
 
 from common.checkpoint import load_about, load_tensors
 from common.cli import UserError, options_from
+from latent_diffusion.base import load_base
 from latent_diffusion.drawing import PromptOptions, draw_prompts
 from latent_diffusion.miniature.scenes import read_prompt
 from p3_personalization import custom_diffusion, textual_inversion
-from p3_personalization.custom_diffusion import CustomOptions, class_prompts
+from p3_personalization.custom_diffusion import CustomOptions, class_pictures, class_prompts
 from p3_personalization.learning import ConceptOptions
 from p3_personalization.words import load_words, matrix_names
 from tests.programs import parse, run
@@ -63,7 +64,7 @@ def test_custom_diffusion_learns_matrices_too_and_leaves_the_base_as_it_is(
         assert picture.size == (4 * 66 + 2, 3 * 66 + 2)
 
 
-def test_the_class_is_drawn_once_by_the_base_and_is_in_every_batch(call, base, tmp_path, monkeypatch):
+def test_the_class_is_drawn_once_by_a_base_and_is_in_every_batch(call, base, pipeline_folder, tmp_path, monkeypatch):
     seen, flags = spied_on(monkeypatch, custom_diffusion), ("--steps", "2", "--class-share", "0.25")
     call(custom_diffusion, *flags)
     images, about = load_tensors(path := tmp_path / "run" / "class.safetensors")
@@ -83,6 +84,13 @@ def test_the_class_is_drawn_once_by_the_base_and_is_in_every_batch(call, base, t
     assert path.stat().st_mtime_ns == written
     call(custom_diffusion, *flags, "--class-images", "2")
     assert len(load_tensors(path)[0]["images"]) == 2
+    changed, size = load_base(pipeline_folder), []
+    for part in (changed.unet, changed.vae, changed.text_encoder):
+        next(part.parameters()).data[0] += 1
+        monkeypatch.setattr(custom_diffusion, "draw_prompts", lambda *_: size.append(1) or drawn)
+        for _ in range(2):
+            class_pictures(changed, about["prompts"], 0, 2.0, path)
+    assert len(size) == 3  # by each base once
 
 
 @pytest.mark.parametrize("program", [textual_inversion, custom_diffusion])
