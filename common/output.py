@@ -48,30 +48,26 @@ def move_into_place(file: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
-    """A folder in another, removed with the block; those that killed processes left there are removed too."""
-    remove_unfinished(folder)
-    prefix = f"{UNFINISHED}{os.getpid()}-{socket.gethostname()}-"
+    """A folder in another, removed with the block.
+
+    Those of processes that were killed are removed too; of other machines' processes, those that are a day old.
+    """
+    mine = socket.gethostname()
+    for left in folder.glob(f"{UNFINISHED}*"):
+        pid, _, host = left.name.removeprefix(UNFINISHED).rpartition("-")[0].partition("-")
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            if not psutil.pid_exists(int(pid)) if host == mine else time.time() - left.stat().st_mtime > DAY:
+                shutil.rmtree(left, ignore_errors=True)
+    prefix = f"{UNFINISHED}{os.getpid()}-{mine}-"
     with tempfile.TemporaryDirectory(dir=folder, prefix=prefix, ignore_cleanup_errors=True) as temporary:
         yield Path(temporary)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove temporary folders of processes that have ended; where these ran elsewhere, those that are a day old."""
-    for stage in folder.glob(f"{UNFINISHED}*"):
-        pid, _, host = stage.name.removeprefix(UNFINISHED).rpartition("-")[0].partition("-")
-        with contextlib.suppress(FileNotFoundError):  # it has just ended
-            old = time.time() - stage.stat().st_mtime > DAY
-            if not psutil.pid_exists(int(pid)) if host == socket.gethostname() else old:
-                shutil.rmtree(stage, ignore_errors=True)
 
 
 def check_output_folder(folder: Path) -> None:
     """Make sure that `folder` exists and can be written; else a `UserError`."""
     folder = Path(folder)
     if folder.is_symlink() and not folder.exists():
-        raise UserError(
-            f"{folder}: is a link to {os.readlink(folder)}, which is not there; make that, or remove the link"
-        )
+        raise UserError(f"{folder}: is a link to {os.readlink(folder)}, which is not there; make that")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder to write to")
     try:
@@ -114,14 +110,21 @@ def stage_folder(folder: Path, files: Iterable[Path | str] = ()) -> Iterator[Pat
     A `UserError` if `folder` is a file or cannot be written, or at once if one of `files`, which lie there empty and
     are all to be filled, can have no place in it.
     """
-    check_output_folder(folder)
+    check_output_folder(folder := Path(folder))
     try:
         with temporary_folder(folder) as stage:
             for file in files:
-                make_place(stage / file, Path(folder) / file)
+                try:
+                    (stage / file).parent.mkdir(parents=True, exist_ok=True)
+                    (stage / file).write_bytes(b"")
+                except OSError as error:
+                    raise UserError(
+                        f"{folder / file}: cannot be written ({error.strerror}); choose another name"
+                    ) from None
+                check_target(folder / file)
             yield stage
             files = sorted(path for path in stage.rglob("*") if path.is_file())
-            targets = [Path(folder) / file.relative_to(stage) for file in files]
+            targets = [folder / file.relative_to(stage) for file in files]
             for target in targets:
                 check_target(target)
             for file, target in zip(files, targets):
@@ -129,16 +132,6 @@ def stage_folder(folder: Path, files: Iterable[Path | str] = ()) -> Iterator[Pat
                 move_into_place(file, target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error}); free space or choose another folder") from None
-
-
-def make_place(file: Path, target: Path) -> None:
-    """Make an empty file, for now; a `UserError` if it cannot have its name, or the target later."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(b"")
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}); choose another name") from None
-    check_target(target)
 
 
 def check_target(target: Path) -> None:

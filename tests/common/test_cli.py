@@ -60,7 +60,7 @@ def test_memory_that_pytorch_cannot_have_is_told_in_one_line(refusal):
     assert "smaller batches" in refusal(lambda _: torch.empty(2**50), Namespace())
 
 
-@pytest.mark.parametrize("given", [[], ["WORLD_SIZE"], ["RANK", "LOCAL_RANK"], LAUNCHED[:-1], LAUNCHED])
+@pytest.mark.parametrize("given", [["WORLD_SIZE"], LAUNCHED[:-1], LAUNCHED])
 def test_a_process_is_one_of_several_only_where_a_launcher_says_all_of_it(given, monkeypatch):
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
@@ -72,7 +72,7 @@ def test_a_process_is_one_of_several_only_where_a_launcher_says_all_of_it(given,
     assert given == LAUNCHED or Processes().count == 1
 
 
-@pytest.mark.parametrize("where", ["| true", "2>&1 | head -1", ">/dev/full", ">/dev/full 2>&1", ">&- 2>&-"])
+@pytest.mark.parametrize("where", ["2>&1 | head -1", ">/dev/full", ">/dev/full 2>&1", ">&- 2>&-"])
 def test_the_work_is_done_where_nobody_can_read_of_it(where, tmp_path):
     command = f'set -o pipefail; "$0" -c "$1" "$2" {where}'
     result = call("bash", "-c", command, sys.executable, TELLING, tmp_path / "file")
