@@ -101,12 +101,8 @@ def matrix_names(unet: UNet2DConditionModel) -> dict[str, str]:
 def save_custom(path: Path, base: Base, words: Words, matrices: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write what Custom Diffusion learned as one safetensors file: words under their tokens, and matrices, all float32.
 
-    The file has an empty tensor for every self-attention, since diffusers' `load_attn_procs` wants one. To load it:
-
-        tensors = load_file(path)
-        words = {token: tensors.pop(token) for token in list(tensors) if token.startswith("<")}
-        pipeline.load_textual_inversion([{token: rows} for token, rows in words.items()])
-        pipeline.unet.load_attn_procs(tensors, _pipeline=pipeline)  # diffusers 0.42 ignores the matrices without it
+    The file has an empty tensor for every self-attention, since diffusers' `load_attn_procs` wants one; diffusers 0.42
+    ignores the matrices unless that gets the pipeline too. The words go to `load_textual_inversion`.
     """
     names = matrix_names(base.unet)
     tensors = {names[name]: matrix.float() for name, matrix in matrices.items()}

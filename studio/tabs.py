@@ -4,6 +4,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -23,23 +24,7 @@ CLICK = """element.addEventListener("click", event => {
     const x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
     trigger("click", {x: 100 * x, y: 100 * y});
 })"""  # in per cent of the picture
-CSS = """
-/* Gradio's own padding would move these out of line with the rest. */
-.html-container:has(> * > [class^="studio-"]) { padding: 0; }
-.studio-figure { margin: 0; }
-.studio-figure figcaption { margin-bottom: 0.4rem; }
-.studio-figure img { width: 100%; border-radius: 4px; }
-.studio-figure .sharp { image-rendering: pixelated; }
-.studio-figure .empty { aspect-ratio: 1; border: 1px dashed var(--border-color-primary); border-radius: 4px; }
-.studio-line { display: flex; gap: 0.75rem; align-items: center; min-height: 2.2rem; }
-.studio-line progress { width: 10rem; accent-color: var(--primary-500); }
-.studio-complaint, .studio-notice { border-radius: 6px; padding: 0.5rem 0.75rem; overflow-wrap: anywhere; }
-.studio-complaint { color: #991b1b; background: #fee2e2; }
-.studio-notice { color: #713f12; background: #fef9c3; }
-[id$="-note"]:not(:has([role])), [id$="-told"]:not(:has([role])) { display: none; }
-#faces-plot figure { max-width: 40rem; }
-#circles-outlines { order: -1; cursor: crosshair; }
-"""
+CSS = Path(__file__).with_name("style.css").read_text()
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # that the machine has
 THEME = gr.themes.Default(primary_hue="indigo", **FONTS)
 Changes = dict[gr.Component, Any]
