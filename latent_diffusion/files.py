@@ -266,11 +266,6 @@ def controlnet_sizes(weights: ModelWeights) -> dict[str, Any]:
     return sizes | {"conditioning_embedding_out_channels": [first, *widths[::2]]}
 
 
-def original_controlnet_names() -> Mapping[str, str]:
-    """The names in the published ControlNet's file, by diffusers' names."""
-    return find_controlnet(WeightsFile(PUBLISHED, json.loads(PUBLISHED.read_text())["controlnet"])).stored
-
-
 def count_changes(file: WeightsFile, unet: UNet2DConditionModel) -> int:
     """How many U-Net weights in a file of the original layout differ from a U-Net's by more than rounding."""
     published = WeightsFile(PUBLISHED, json.loads(PUBLISHED.read_text())["sd_v1"])

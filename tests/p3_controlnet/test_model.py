@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from common.cli import UserError
 from latent_diffusion.files import WeightsFile, controlnet_sizes, find_controlnet
-from p3_controlnet import export, sample
+from p3_controlnet import sample
 from p3_controlnet.model import ControlNet, ControlNetConfig
 from tests.programs import parse, read, run
 from tests.stable_diffusion import KEYS
@@ -135,26 +135,13 @@ def test_the_original_layout(control_state, theirs, tmp_path, form, suffix):
     assert all(parameter.requires_grad for parameter in ours.parameters()), "it can be trained on"
 
 
-def test_exports_are_what_others_read(control_file, control_state, theirs, tmp_path):
-    folder = run(export, control_file, tmp_path / "folder", "--layout", "diffusers", "--fp32")
-    assert same(ControlNetModel.from_pretrained(folder).state_dict(), theirs.state_dict())
+def test_a_folder_is_also_diffusers_and_its_file_alone_is_enough(control_file, theirs, tmp_path):
+    ControlNet.load(control_file)[0].save(tmp_path / "ours", {}, fp16=False)
+    assert same(ControlNetModel.from_pretrained(tmp_path / "ours").state_dict(), theirs.state_dict())
     theirs.save_pretrained(tmp_path / "theirs")
-    one_file, _ = ControlNet.load(tmp_path / "theirs" / "diffusion_pytorch_model.safetensors")
-    assert same(one_file.state_dict(), theirs.state_dict())
-    file = run(export, folder, tmp_path / "new" / "control.safetensors", "--fp32")
-    assert same(load_file(file), control_state)
-    assert {tensor.dtype for tensor in load_file(run(export, folder, file)).values()} == {torch.float16}
-
-
-def test_what_cannot_be_exported_is_told(controlnet_folder, control_file, tmp_path):
-    with pytest.raises(UserError, match=r"built unlike Stable Diffusion v1; add --layout diffusers"):
-        run(export, controlnet_folder, tmp_path / "control.safetensors")
-    with pytest.raises(UserError, match=r"name a .safetensors file"):
-        run(export, control_file, tmp_path / "folder")
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"is a file; name a folder"):
-        run(export, control_file, tmp_path / "file", "--layout", "diffusers")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for folder in ("ours", "theirs"):
+        alone, _ = ControlNet.load(tmp_path / folder / "diffusion_pytorch_model.safetensors")
+        assert same(alone.state_dict(), theirs.state_dict())
 
 
 @pytest.fixture
