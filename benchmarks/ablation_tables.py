@@ -20,21 +20,13 @@ RUNS = {"out": (ROOT / "outputs" / "ablations", "folder of the runs; a finished 
 
 @dataclass(frozen=True)
 class Ablation:
-    """One choice, and the measurement of what it is worth.
+    """One choice, and the measurement of what it is worth."""
 
-    Args:
-        measure: from the settings to rows of figures by heading, each with its `variant`; its docstring is the help.
-        settings: each with its default and its help; every one is a flag.
-        columns: the headings, and the formats of their figures; a figure that a row lacks is a dash.
-        facts: the settings as a sentence, to be filled in.
-        first: heading of the variants.
-    """
-
-    measure: Callable[[Settings], Rows]
-    settings: Mapping[str, tuple[Any, str]]
-    columns: Mapping[str, str]
-    facts: str
-    first: str = ""
+    measure: Callable[[Settings], Rows]  # figures by heading, each row with its `variant`; its docstring is the help
+    settings: Mapping[str, tuple[Any, str]]  # each with its default and its help; every one is a flag
+    columns: Mapping[str, str]  # the headings, and the formats of their figures; what a row lacks is a dash
+    facts: str  # the settings as a sentence, to be filled in
+    first: str = ""  # heading of the variants
 
 
 def fingerprint(path: Path) -> str:

@@ -173,8 +173,7 @@ def reverse_process(
         noise: where fresh noise comes from; needed when eta > 0.
         final_alpha: what alphas_cumprod becomes after the last timestep: "one", or "first" for alphas_cumprod[0].
 
-    Raises:
-        ValueError: unknown method, or fresh noise is needed and none given.
+    A `ValueError` if the method is unknown, or fresh noise is needed and none given.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r}: choose from {', '.join(METHODS)}")
@@ -235,8 +234,7 @@ def draw_in_batches(
         steps: of the reverse process, for the progress.
         to_fp32: turns the networks to fp32; returns False if they are in fp32 already.
 
-    Raises:
-        UserError: a single image does not fit the memory, or is not finite.
+    A `UserError` if a single image does not fit the memory, or is not finite.
     """
     start = 0
     with Progress(len(items) * steps, "images", "step") as phase:

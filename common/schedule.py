@@ -111,8 +111,7 @@ class NoiseSchedule:
             spacing: leading (0, r, 2r, ... reversed, plus `offset`), trailing (T-1, T-1-r, ...) or linspace.
             offset: added to every leading timestep; 1 as in Stable Diffusion, 981, 961, ..., 1 for 50 steps of 1000.
 
-        Raises:
-            UserError: steps out of range, or an offset that leaves the schedule.
+        A `UserError` for steps out of range, or an offset that leaves the schedule.
         """
         check("steps", steps, 1 <= steps <= self.T, f"from 1 to {self.T}")
         if spacing == "leading":

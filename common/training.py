@@ -82,8 +82,7 @@ class Trainer:
         measure: EMA model -> further numbers to log with every validation loss; None for none.
         notes: how the run was made beyond its options; checkpoints carry both, and a resumed run may change them.
 
-    Raises:
-        UserError: the options do not suit the machine, the folder cannot be written, or its states are another run's.
+    A `UserError` if the options do not suit the machine, or the folder cannot be written or holds another run's states.
     """
 
     def __init__(

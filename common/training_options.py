@@ -9,7 +9,6 @@ import torch
 from common.cli import add_options, check, option, options_from
 from common.runtime import PRECISIONS
 
-FOR_LARGE = ("offload",)
 EVERY = ("save_every", "validate_every", "sample_every", "log_every")
 
 
@@ -42,12 +41,9 @@ class TrainingOptions:
         torch.manual_seed(self.seed % 2**64)
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, large: bool = False, **defaults) -> None:
-    """Add a flag for every field of `TrainingOptions`; `defaults` are this problem's own.
-
-    Flags that help only models that hardly fit a GPU are added where it is `large`.
-    """
-    add_options(parser.add_argument_group("training"), TrainingOptions, () if large else FOR_LARGE, **defaults)
+def add_training_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
+    """Add a flag for every field of `TrainingOptions`; `defaults` are this problem's own."""
+    add_options(parser.add_argument_group("training"), TrainingOptions, **defaults)
 
 
 def training_options(args: argparse.Namespace) -> TrainingOptions:

@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torchvision.utils import save_image
 
-from common.cli import Parser, check, progress, run, say
+from common.cli import Parser, progress, run, say
 from common.output import stage_folder
 from common.schedule import NoiseSchedule
 from p2_ddim.model import FaceUNet, load_face_unet
@@ -63,16 +63,11 @@ def parse_arguments(argv: list[str] | None = None):
     examples.add_argument("--weights", type=Path, default=WEIGHTS, help="the weights to draw with")
     examples.add_argument("--out", type=Path, default=EXAMPLES, help="folder that gets noise/ and GT/")
     examples.add_argument("--seed", type=int, default=0, help="seed of the noises")
-    examples.add_argument("--noise-only", type=int, metavar="SIZE", help="only make noises, of this size")
     return parser.parse_args(argv)
 
 
 def main(args) -> list[Path]:
     """Make what the arguments ask for; returns the files of the ground truth."""
-    if args.noise_only is not None:
-        check("noise_only", args.noise_only, args.noise_only > 0, "above 0")
-        write_noises(args.out / "noise", 3, args.noise_only, args.seed)
-        return []
     model, about = load_face_unet(args.weights)
     channels, size = model.config.image_channels, about["image_size"]
     write_noises(args.out / "noise", channels, size, args.seed)

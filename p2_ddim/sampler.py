@@ -52,9 +52,6 @@ class FaceSampler:
         about: facts of the weights file: the schedule, the prediction and the image size.
         precision: "fp32", "bf16" or "fp16" for the network; xt stays fp32.
         compile: torch.compile the network, on a GPU with CUDA graphs.
-
-    Attributes:
-        shape: (C, H, W) of the images that the network was trained on.
     """
 
     def __init__(
@@ -62,6 +59,7 @@ class FaceSampler:
     ):
         self.model, self.about, self.schedule = model, about, NoiseSchedule(**about["schedule"])
         self.device, self.precision = device, precision
+        # (C, H, W) of the images that it was trained on.
         self.shape = model.config.image_channels, about["image_size"], about["image_size"]
         # CPUs and tensor cores want channels_last; the fp32 kernels of a GPU want the usual layout.
         usual = device.type == "cuda" and precision == "fp32"

@@ -219,7 +219,7 @@ def parse_arguments(argv: list[str] | None = None):
     parser = Parser(prog="train.py", description=__doc__)
     add_options(parser.add_argument_group("run"), ControlNetTraining)
     defaults = {"steps": 4000, "batch_size": 64, "lr": 4e-4, "ema": 0.998}
-    add_training_arguments(parser, large=True, **defaults, validate_every=200, sample_every=200, save_every=200)
+    add_training_arguments(parser, **defaults, validate_every=200, sample_every=200, save_every=200)
     return parser.parse_args(argv)
 
 

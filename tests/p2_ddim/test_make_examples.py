@@ -30,7 +30,7 @@ def test_noises_are_the_seeds_and_are_kept(tmp_path):
     own = torch.zeros(1, 3, 16, 16)
     (tmp_path / "noise").mkdir()
     torch.save(own, tmp_path / "noise" / "04.pt")
-    run(make_examples, "--noise-only", 16, "--out", tmp_path)
+    make_examples.write_noises(tmp_path / "noise", 3, 16, seed=0)
     files = sorted((tmp_path / "noise").iterdir())
     assert [path.name for path in files] == [f"{k:02d}.pt" for k in range(10)]
     # A number's noise does not depend on how many are drawn.
