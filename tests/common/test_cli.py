@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
 
+import common
 from common.cli import LAUNCHED, Parser, UserError, run
 from common.runtime import Processes
 from tests.shell import call
@@ -85,6 +86,15 @@ def test_the_work_is_done_where_nobody_can_read_of_it(where, tmp_path):
 def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)):
         run(raising(error), None)
+
+
+def test_what_ends_imports_is_one_line_but_for_bugs(capsys):
+    common.tell(ValueError, ValueError("bug"), None)
+    common.tell(KeyboardInterrupt, KeyboardInterrupt(), None)
+    with pytest.raises(SystemExit, match="2"):
+        common.tell(ModuleNotFoundError, ModuleNotFoundError("No module named 'x'"), None)
+    mended = f"error: {sys.executable}: No module named 'x'; pip install -r requirements.txt"
+    assert capsys.readouterr().err.splitlines() == ["ValueError: bug", "interrupted", mended]
 
 
 def test_parser_complains_in_one_line_and_keeps_line_breaks(capsys):

@@ -10,8 +10,9 @@ from common.output import check_output_folder, stage_folder, write_atomically
 from tests.shell import call
 
 ENDED = """
-import os, pathlib, sys
+import os, pathlib, signal, sys
 from common.cli import run
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests may be run without, under nohup
 from common.output import stage_folder
 def main(args):
     with stage_folder(pathlib.Path(sys.argv[1])) as stage:

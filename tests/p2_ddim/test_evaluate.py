@@ -1,6 +1,7 @@
 """Errors with known values, and folders that do not match."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,10 @@ MISTAKES = {
     "further image": (lambda out, truth: write(out, c=flat(0)), ["GT: has no c, which"]),
     "other size": (lambda out, truth: write(out, b=flat(0, (6, 4))), ["out/b.png", "4x6", "6x4"]),
     "broken image": (lambda out, truth: (out / "b.png").write_bytes(b"no"), ["out/b.png", "not a readable image"]),
+    "one name twice": (
+        lambda out, truth: shutil.copy(out / "a.png", out / "a.bmp"),
+        ["a.bmp", "has that name too"],
+    ),
     "empty folder": (lambda out, truth: [path.unlink() for path in truth.iterdir()], ["GT: holds no images"]),
     "no folder": (lambda out, truth: truth.rename(truth.with_name("other")), ["GT: no such folder"]),
 }

@@ -1,6 +1,7 @@
 """What may be handed in: every kind of noise file gives its image, every mistake one line on stderr and no files."""
 
 import os
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -95,6 +96,7 @@ MISTAKES = {
     "no noise folder": (lambda noise, weights, tmp: {"noise": tmp / "none"}, ["none: no such folder"]),
     "no noise files": (lambda noise, weights, tmp: {"noise": tmp}, ["holds no noises"]),
     "truncated noise": (lambda noise, weights, tmp: os.truncate(noise / "02.pt", 600), ["02.pt: truncated"]),
+    "an object": (bad_noise(Namespace(seed=1)), ["02.pt: holds a argparse.Namespace, not one tensor"]),
     "channels": (bad_noise(torch.randn(1, 4, 16, 16)), ["02.pt", "(1, 4, 16, 16)", "(N, 3, H, W)"]),
     "dimensions": (bad_noise(torch.randn(16, 16)), ["02.pt", "(16, 16)"]),
     "stride": (bad_noise(torch.randn(3, 16, 18)), ["02.pt", "(3, 16, 18)", "divisible by 4"]),

@@ -84,9 +84,9 @@ def test_the_program_judges_every_kind(pipeline_folder, controlnet_folder, tmp_p
 
 
 def test_lines_of_one_width_and_rough_ones(tmp_path):
-    flags = "--count", "6", "--size", "64"
-    hints = {}
-    for name, more in {"plain": (), "wide": ("--line-width", "12"), "broken": ("--rough", "broken")}.items():
+    flags, hints = ("--count", "6", "--size", "64"), {}
+    kinds = {"plain": (), "wide": ("--line-width", "12"), "any": ("--rough",), "broken": ("--rough", "broken")}
+    for name, more in kinds.items():
         table = run(fill50k, tmp_path / name, *flags, *more)
         hints[name] = read_hints(read_pairs(table), tmp_path / name, 64).int()
     assert table.read_text() == (tmp_path / "plain" / "prompt.json").read_text()

@@ -134,6 +134,7 @@ def test_words_of_several_files_are_put_together(words_file, tmp_path):
         ({"<new1>": torch.zeros(1, 2, 3)}, r"<new1>: vectors of shape \(1, 2, 3\); they must be"),
         ({"<new1>": torch.zeros(0, 16)}, r"<new1>: vectors of shape \(0, 16\); they must be"),
         ({"<new1>": torch.tensor(1.0)}, r"<new1>: vectors of shape \(\); they must be"),
+        ({"<new1>": torch.zeros(1, 16, dtype=torch.int64)}, "<new1>: vectors of torch.int64"),
         ({"<new1>": torch.full((1, 16), torch.nan)}, "<new1>: vectors that are not finite"),
         ({}, "holds no words such as <new1>"),
     ],
