@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import gradio as gr
@@ -88,7 +89,12 @@ class Tab:
         inputs, outputs = [*self.controls.values()], [*self.figures, *more, self.status]
         turns = {"concurrency_id": "drawing", "concurrency_limit": 1}  # since each wants all cores
         event = gr.on([self.button.click, *triggers], draw, inputs, outputs, **turns, **UNCHECKED)
-        self.stop.click(lambda: line("Stopped."), None, self.status, cancels=[event], show_progress="hidden")
+
+        def tell_stopped() -> str:
+            sleep(0.5)  # so that a step that is on its way is not shown over it
+            return line("Stopped.")
+
+        self.stop.click(tell_stopped, None, self.status, cancels=[event], show_progress="hidden")
         for trigger in (self.blocks.load, event.then):
             self.answer(trigger, lambda *_: {self.note: notice(self.page.note())}, self.note)
 
